@@ -1,0 +1,35 @@
+"""What a checkpoint that is read looks like to the rest of the project, whatever its format."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSource:
+    """A checkpoint opened for reading, one tensor at a time.
+
+    Attributes:
+        name: What the user called it.
+        hf_config: The content of its Hugging Face `config.json`.
+        tensors: Every tensor by its Hugging Face name, unread.
+        read: Reads one tensor by name, in its own dtype (bfloat16 through ml_dtypes).
+        side_files: Files that go with it unchanged (tokenizer, chat template, generation
+            settings), by file name.
+    """
+
+    name: str
+    hf_config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    read: Callable[[str], np.ndarray]
+    side_files: Mapping[str, bytes]

@@ -1,0 +1,201 @@
+"""The dataclasses that describe one experiment, from base checkpoint to evaluation."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from opt_deus_jax.errors import UserError
+
+AS_PUBLISHED = "published"
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "upscale.layout": (
+        AS_PUBLISHED,
+        "top",
+        "bottom",
+        "middle",
+        "top_and_bottom",
+        "uniform",
+        "stack",
+        "explicit",
+    ),
+    "upscale.transport": ("reference", "barycentric", "assignment"),
+    "upscale.trained": (AS_PUBLISHED, "new", "all"),
+    "optimizer.schedule": ("wsd", "cosine"),
+    "training.compute_dtype": ("float32", "bfloat16"),
+    "training.frozen_dtype": ("float32", "bfloat16"),
+    "training.remat": ("none", "block"),
+}
+
+
+@dataclasses.dataclass
+class UpscaleConfig:
+    """Which layers are added, and with which weights.
+
+    Attributes:
+        method: A preset of `opt_deus_jax.upscaling.methods.METHODS`.
+        layout: Where new layers go; `published` takes the layout of the method's paper.
+        num_new_layers: How many layers are added.
+        gaps: For `layout="explicit"` only: gap g lies between base layers g and g + 1.
+        transport: For transport fusion: reference, barycentric or assignment.
+        epsilon: Entropy of Sinkhorn; None takes the transport's own (0.06 absolute for
+            `reference`, relative to the mean cost for `barycentric`).
+        zero_init: Whether o_proj and down_proj of new layers start at zero; None: as published.
+        trained: `new`, `all` or `published`.
+        seed: Seed of the `random` method.
+    """
+
+    method: str = "opt_deus"
+    layout: str = AS_PUBLISHED
+    num_new_layers: int = 0
+    gaps: tuple[int, ...] = ()
+    transport: str = "barycentric"
+    epsilon: float | None = None
+    zero_init: bool | None = None
+    trained: str = AS_PUBLISHED
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Text and how it becomes records.
+
+    Attributes:
+        train: Files or folders of text (txt, jsonl, jsonl.gz, jsonl.zst, jsonl.xz, parquet), or
+            `docstrings:` for the docstrings of the installed packages; several are separated by
+            commas.
+        held_out: The same for held-out text; empty splits the documents of `train`.
+        held_out_fraction: Share of the documents (by hash) held out where `held_out` is empty.
+        text_field: The field of jsonl and parquet rows that holds the text.
+        sequence_length: Tokens a training sequence; a record holds one more for the shift.
+        max_train_tokens: Stop after this many training tokens; 0 takes all.
+        max_held_out_tokens: The same for held-out text.
+        num_workers: Processes that tokenise; 0 means one a core.
+        seed: Seed of the order in which records are seen.
+    """
+
+    train: str = "docstrings:"
+    held_out: str = ""
+    held_out_fraction: float = 0.05
+    text_field: str = "text"
+    sequence_length: int = 2048
+    max_train_tokens: int = 0
+    max_held_out_tokens: int = 100_000
+    num_workers: int = 0
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        schedule: `wsd` (warm-up, stable, linear decay to zero) or `cosine` (to a tenth).
+        warmup_steps: Steps of linear warm-up.
+        decay_fraction: For `wsd`: share of all steps spent in the final decay.
+        weight_decay: Decoupled weight decay, on kernels only.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        epsilon: Added to the root of the second moment.
+        clip_norm: Global norm above which gradients are scaled down.
+    """
+
+    learning_rate: float = 5e-4
+    schedule: str = "wsd"
+    warmup_steps: int = 10
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass
+class TrainingConfig:
+    """The training loop.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Sequences an optimizer step, over all devices.
+        accumulation_steps: Parts into which each batch is cut; gradients are averaged over them.
+        compute_dtype: Type of activations and of the kernels as multiplied.
+        frozen_dtype: Type in which frozen parameters are held.
+        remat: `none` keeps every activation; `block` recomputes each block in the backward pass.
+        loss_chunk_tokens: Tokens whose logits exist at once.
+        log_every: Steps between lines of metrics.
+        evaluate_every: Steps between held-out losses; 0 means only at both ends.
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: How many of the latest checkpoints are kept.
+    """
+
+    steps: int = 100
+    batch_size: int = 8
+    accumulation_steps: int = 1
+    compute_dtype: str = "float32"
+    frozen_dtype: str = "float32"
+    remat: str = "none"
+    loss_chunk_tokens: int = 512
+    log_every: int = 1
+    evaluate_every: int = 0
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass
+class Experiment:
+    """Everything that one experiment needs; launchers share it through the work directory.
+
+    Attributes:
+        base: A Hugging Face directory, a `.gguf` file, a hub id, or a `config.json` alone (which
+            is enough for `plan`).
+        max_shard_bytes: Size above which exported safetensors are split.
+        upscale: Which layers are added, and with which weights.
+        data: Text and how it becomes records.
+        optimizer: AdamW and its schedule.
+        training: The training loop.
+    """
+
+    base: str = ""
+    max_shard_bytes: int = 5_000_000_000
+    upscale: UpscaleConfig = dataclasses.field(default_factory=UpscaleConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+
+
+def _is_instance(value: Any, annotation: Any) -> bool:
+    if isinstance(annotation, types.UnionType):
+        return any(_is_instance(value, member) for member in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        element = typing.get_args(annotation)[0]
+        return isinstance(value, tuple | list) and all(_is_instance(v, element) for v in value)
+    if annotation is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def validate(experiment: Any, prefix: str = "") -> None:
+    """Checks the type of every field and the value of every field that has choices.
+
+    Args:
+        experiment: An `Experiment`, or one of its parts with `prefix` naming it.
+        prefix: The dotted path of the part, ending in a dot.
+
+    Raises:
+        UserError: A field has the wrong type or an unknown value.
+    """
+    hints = typing.get_type_hints(type(experiment))
+    for field in dataclasses.fields(experiment):
+        name, value = prefix + field.name, getattr(experiment, field.name)
+        if dataclasses.is_dataclass(value):
+            validate(value, name + ".")
+            continue
+        if not _is_instance(value, hints[field.name]):
+            raise UserError(f"config field {name}={value!r}: expected {hints[field.name]}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UserError(f"config field {name}={value!r}: use one of {', '.join(CHOICES[name])}")
