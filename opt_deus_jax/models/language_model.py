@@ -1,0 +1,197 @@
+"""The network as functions over a param pytree.
+
+A param pytree is `{"embedding": [v, d], "final_norm": [d], "head": [v, d] (where untied),
+"segments": [segment, ...]}`. A segment is a pattern of blocks repeated r times: a list with one
+dict of block parameters per place in the pattern, each leaf stacked to [r, ...].
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from opt_deus_jax.models.attention import matmul_precision
+from opt_deus_jax.models.block import (
+    BlockInputs,
+    DecoderBlock,
+    KeyValueCache,
+    root_mean_square_norm,
+)
+from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.models.params import outer_specs
+from opt_deus_jax.models.rope import rotary_tables
+
+Params = dict[str, Any]
+BlockParams = dict[str, Array]
+
+
+def init_block(config: ModelConfig, key: Array) -> BlockParams:
+    """Draws the parameters of one block, float32."""
+    x_BTD = jnp.zeros((1, 1, config.width))
+    positions = jnp.zeros((1, 1), jnp.int32)
+    return DecoderBlock(config).init(key, x_BTD, causal_inputs(config, positions))["params"]
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Draws a whole network with one segment, float32.
+
+    Args:
+        config: The network.
+        key: A jax PRNG key.
+
+    Returns:
+        A param pytree.
+    """
+    key_outer, key_blocks = jax.random.split(key)
+    params: Params = {}
+    for i, (name, spec) in enumerate(outer_specs(config).items()):
+        if spec.init == "ones":
+            params[name] = jnp.ones(spec.shape)
+        else:
+            drawn = jax.random.normal(jax.random.fold_in(key_outer, i), spec.shape)
+            params[name] = drawn * config.initializer_range
+    keys = jax.random.split(key_blocks, config.num_layers)
+    params["segments"] = [[jax.vmap(lambda k: init_block(config, k))(keys)]]
+    return params
+
+
+def causal_inputs(config: ModelConfig, positions_BT: Int[Array, "b t"]) -> BlockInputs:
+    """The inputs of a full causal forward pass without a cache."""
+    length = positions_BT.shape[1]
+    cos_BTF, sin_BTF = rotary_tables(config.rope, config.head_dim, positions_BT)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    allowed_BTS = jnp.broadcast_to(causal[None], (positions_BT.shape[0], length, length))
+    return BlockInputs(cos_BTF, sin_BTF, allowed_BTS, jnp.zeros((), jnp.int32))
+
+
+def apply_block(
+    config: ModelConfig,
+    block: BlockParams,
+    x_BTD: Float[Array, "b t d"],
+    inputs: BlockInputs,
+    cache: KeyValueCache | None = None,
+) -> tuple[Float[Array, "b t d"], KeyValueCache]:
+    """Applies one `DecoderBlock` with the given parameters."""
+    return DecoderBlock(config).apply({"params": block}, x_BTD, inputs, cache)  # pyright: ignore
+
+
+def hidden_states(
+    params: Params,
+    tokens_BT: Int[Array, "b t"],
+    *,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    remat: str,
+) -> Float[Array, "b t d"]:
+    """Runs embedding, segments and final norm.
+
+    Args:
+        params: A param pytree.
+        tokens_BT: Token ids.
+        config: The network; its depth is that of the segments.
+        dtype: Type of the activations and of the kernels as multiplied.
+        remat: `none`, or `block` to recompute each pattern in the backward pass.
+
+    Returns:
+        What the head is applied to.
+    """
+    batch, length = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+    inputs = causal_inputs(config, positions_BT)
+    x_BTD = params["embedding"].astype(dtype)[tokens_BT]
+
+    def apply_pattern(x: Array, pattern: list[BlockParams]) -> tuple[Array, None]:
+        for block in pattern:
+            x, _ = apply_block(config, block, x, inputs)
+        return x, None
+
+    body = jax.checkpoint(apply_pattern, prevent_cse=False) if remat == "block" else apply_pattern
+    for segment in params["segments"]:
+        x_BTD, _ = jax.lax.scan(body, x_BTD, segment)
+    return root_mean_square_norm(x_BTD, params["final_norm"], config.norm_epsilon)
+
+
+def head_kernel(params: Params) -> Float[Array, "v d"]:
+    """The output kernel: the embedding where they are tied."""
+    return params.get("head", params["embedding"])
+
+
+def project_to_vocabulary(
+    hidden: Float[Array, "*b d"], head_VD: Float[Array, "v d"]
+) -> Float[Array, "*b v"]:
+    """Logits in float32."""
+    return jnp.einsum(
+        "...d,vd->...v",
+        hidden,
+        head_VD.astype(hidden.dtype),
+        precision=matmul_precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def logits(
+    params: Params, tokens_BT: Int[Array, "b t"], *, config: ModelConfig, dtype: jnp.dtype
+) -> Float[Array, "b t v"]:
+    """Logits of every position, float32; for short inputs, since they are all in memory."""
+    hidden = hidden_states(params, tokens_BT, config=config, dtype=dtype, remat="none")
+    return project_to_vocabulary(hidden, head_kernel(params))
+
+
+def cached_forward(
+    params: Params,
+    tokens_BT: Int[Array, "b t"],
+    positions_BT: Int[Array, "b t"],
+    allowed_BTS: Bool[Array, "b t s"],
+    cache: list[list[KeyValueCache]],
+    cache_start: Array,
+    *,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "b v"], list[list[KeyValueCache]]]:
+    """Runs new tokens against the keys and values of earlier ones.
+
+    Args:
+        params: A param pytree.
+        tokens_BT: The new tokens.
+        positions_BT: Their positions.
+        allowed_BTS: Which places of the cache each may see, its own included.
+        cache: From `empty_cache` or an earlier call.
+        cache_start: Place in the cache of the first new token, int32 scalar.
+        config: The network.
+        dtype: Type of the activations.
+
+    Returns:
+        Logits of the last token, and the cache with the new tokens in it.
+    """
+    cos_BTF, sin_BTF = rotary_tables(config.rope, config.head_dim, positions_BT)
+    inputs = BlockInputs(cos_BTF, sin_BTF, allowed_BTS, cache_start)
+    x_BTD = params["embedding"].astype(dtype)[tokens_BT]
+
+    def apply_pattern(x: Array, stacked: tuple[Any, Any]) -> tuple[Array, list[KeyValueCache]]:
+        pattern, caches = stacked
+        updated = []
+        for block, block_cache in zip(pattern, caches, strict=True):
+            x, block_cache = apply_block(config, block, x, inputs, block_cache)
+            updated.append(block_cache)
+        return x, updated
+
+    updated_cache = []
+    for segment, segment_cache in zip(params["segments"], cache, strict=True):
+        x_BTD, segment_cache = jax.lax.scan(apply_pattern, x_BTD, (segment, segment_cache))
+        updated_cache.append(segment_cache)
+    last_BD = root_mean_square_norm(x_BTD[:, -1], params["final_norm"], config.norm_epsilon)
+    return project_to_vocabulary(last_BD, head_kernel(params)), updated_cache
+
+
+def empty_cache(
+    params: Params, batch: int, length: int, *, config: ModelConfig, dtype: jnp.dtype
+) -> list[list[KeyValueCache]]:
+    """Room for `length` tokens in every block, stacked like the segments."""
+    shape = (batch, length, config.num_kv_heads, config.head_dim)
+
+    def of_block(block: BlockParams) -> KeyValueCache:
+        zeros = jnp.zeros((block["input_norm"].shape[0], *shape), dtype)
+        return KeyValueCache(zeros, zeros)
+
+    return [[of_block(block) for block in segment] for segment in params["segments"]]
