@@ -1,6 +1,7 @@
 """What a checkpoint that is read looks like to the rest of the project, whatever its format."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the tensor takes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    dtype: jnp.dtype = jnp.dtype("float32"),
+    dtype: str = "float32",
 ) -> list[list[int]]:
     """Continues a batch of prompts of any lengths.
 
@@ -132,7 +132,7 @@ def generate(
         jnp.asarray(real_BT),
         jax.random.key(seed),
         config=config,
-        dtype=dtype,
+        dtype=jnp.dtype(dtype),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -9,14 +9,49 @@ from opt_deus_jax.errors import UserError
 
 # Fields that do not change what the network computes: names, versions, generation defaults.
 _INERT = frozenset(
-    "_attn_implementation_autoset _name_or_path architectures auto_map bos_token_id "
-    "chunk_size_feed_forward dtype eos_token_id head_dim hidden_size id2label initializer_range "
-    "intermediate_size is_decoder is_encoder_decoder is_llama_config label2id "
-    "max_position_embeddings model_type num_attention_heads num_hidden_layers "
-    "num_key_value_heads output_attentions output_hidden_states pad_token_id problem_type "
-    "return_dict rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings "
-    "torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version "
-    "use_cache vocab_size attention_bias mlp_bias".split()
+    [
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "hidden_size",
+        "id2label",
+        "initializer_range",
+        "intermediate_size",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "label2id",
+        "max_position_embeddings",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        "vocab_size",
+        "attention_bias",
+        "mlp_bias",
+    ]
 )
 # Fields that are honoured only at the value that every Llama has.
 _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {

@@ -1,0 +1,56 @@
+r"""Grows a base checkpoint and proves what the grown model computes.
+
+python -m experiments.expand --config=configs/smollm2_135m.py --workdir=runs/first
+Writes WORKDIR/expanded: a Hugging Face folder with its manifest and a picture of the transport.
+"""
+
+import tqdm
+
+from opt_deus_jax import launch
+from opt_deus_jax.checkpoints.opening import open_checkpoint
+from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.reporting.plots import plot_diagnostics
+from opt_deus_jax.reporting.tables import diagnostics_table, identity_line, show
+from opt_deus_jax.upscaling.expand import expand_checkpoint
+from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
+from opt_deus_jax.upscaling.methods import resolve_method
+from opt_deus_jax.upscaling.probe import probe_tokens
+
+launch.define_flags()
+
+
+def main() -> None:
+    """Expands, proves, reports."""
+    experiment, workdir = launch.start(("base", "upscale"))
+    directory = workdir / "expanded"
+    if directory.exists():
+        show(f"{directory} exists and was made with this config; nothing to do")
+        return
+    source = open_checkpoint(experiment.base)
+    model = read_model_config(source.hf_config)
+    upscale = experiment.upscale
+    layout = resolve_method(upscale).layout
+    depth = len(plan_layout(layout, model.num_layers, upscale.num_new_layers, upscale.gaps))
+    with tqdm.tqdm(total=depth, desc="expand", unit="layer") as bar:
+
+        def on_layer(origin: LayerOrigin) -> None:
+            bar.set_postfix_str(f"depth {origin.depth}")
+            bar.update()
+
+        expansion = expand_checkpoint(
+            source,
+            upscale,
+            directory,
+            probe_BT=probe_tokens(source),
+            max_shard_bytes=experiment.max_shard_bytes,
+            on_layer=on_layer,
+        )
+    if expansion.sample_maps:
+        picture = directory / "diagnostics.png"
+        plot_diagnostics(picture, expansion.sample_maps, expansion.reports)
+        show(diagnostics_table(expansion.reports), f"picture: {picture}")
+    show(identity_line(expansion.identity), f"grown model: {directory}")
+
+
+if __name__ == "__main__":
+    launch.run(main)

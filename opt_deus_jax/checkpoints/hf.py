@@ -1,0 +1,232 @@
+"""Hugging Face directories: safetensors read and written one tensor at a time."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
+from opt_deus_jax.errors import UserError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_SIDE_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md"),
+)
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: not found; give a folder with config.json and safetensors"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; fetch it again")
+    return content
+
+
+def _shard_names(directory: Path) -> list[str]:
+    if (directory / INDEX_FILE).exists():
+        weight_map = _load_json(directory / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{directory / INDEX_FILE}: field weight_map is missing or empty")
+        return sorted(set(weight_map.values()))
+    if (directory / SINGLE_FILE).exists():
+        return [SINGLE_FILE]
+    found = "pickled weights, which are never loaded: " if list(directory.glob("*.bin")) else ""
+    raise UserError(
+        f"{directory}: {found}no {SINGLE_FILE} and no {INDEX_FILE}; save the model as safetensors"
+    )
+
+
+def _list_shard(path: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path, framework="np") as shard:
+            infos = {}
+            for name in shard.keys():  # noqa: SIM118 - safe_open is not iterable
+                piece = shard.get_slice(name)
+                if piece.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{path}: tensor {name} has dtype {piece.get_dtype()}; use a checkpoint in "
+                        f"one of {', '.join(_DTYPES)}"
+                    )
+                infos[name] = TensorInfo(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+            return infos
+    except FileNotFoundError:
+        raise UserError(f"{path}: shard is missing; fetch it again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: damaged or truncated safetensors ({error}); fetch it again"
+        ) from None
+
+
+def open_hf_directory(directory: Path, name: str) -> CheckpointSource:
+    """Opens a Hugging Face directory of one or many safetensors.
+
+    Args:
+        directory: The folder.
+        name: What the user called it.
+
+    Returns:
+        A source; tensors are read when asked for.
+
+    Raises:
+        UserError: A file is missing, damaged or not what it should be.
+    """
+    hf_config = _load_json(directory / "config.json")
+    shard_of: dict[str, Path] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for shard_name in _shard_names(directory):
+        path = directory / shard_name
+        for tensor, info in _list_shard(path).items():
+            tensors[tensor] = info
+            shard_of[tensor] = path
+
+    def read(tensor: str) -> np.ndarray:
+        with safe_open(shard_of[tensor], framework="np") as shard:
+            return shard.get_tensor(tensor)
+
+    side_files = {
+        file: (directory / file).read_bytes() for file in _SIDE_FILES if (directory / file).exists()
+    }
+    return CheckpointSource(name, hf_config, tensors, read, side_files)
+
+
+def _plan_shards(
+    tensors: Iterable[tuple[str, TensorInfo]], max_shard_bytes: int
+) -> list[list[tuple[str, TensorInfo]]]:
+    shards: list[list[tuple[str, TensorInfo]]] = [[]]
+    filled = 0
+    for name, info in tensors:
+        if shards[-1] and filled + info.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, info))
+        filled += info.num_bytes
+    return shards
+
+
+def _write_shard(
+    path: Path, tensors: list[tuple[str, TensorInfo]], read: Callable[[str], np.ndarray]
+) -> None:
+    # The safetensors package writes only from a dict that holds the whole shard in memory.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in tensors:
+        header[name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.num_bytes],
+        }
+        offset += info.num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, info in tensors:
+            array = read(name)
+            if array.shape != info.shape or array.dtype != info.dtype:
+                raise ValueError(f"{name}: got {array.shape} {array.dtype}, planned {info}")
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_weights(
+    directory: Path,
+    tensors: Iterable[tuple[str, TensorInfo]],
+    read: Callable[[str], np.ndarray],
+    max_shard_bytes: int,
+) -> None:
+    """Writes safetensors, with an index where there are several, one tensor in memory at a time.
+
+    Args:
+        directory: An existing folder.
+        tensors: Name, shape and dtype of each tensor, in the order in which `read` is called.
+        read: Makes or reads one tensor.
+        max_shard_bytes: A new file is begun before this size is passed.
+    """
+    shards = _plan_shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        _write_shard(directory / SINGLE_FILE, shards[0], read)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        shard_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(directory / shard_name, shard, read)
+        weight_map.update({name: shard_name for name, _ in shard})
+    total = sum(info.num_bytes for shard in shards for _, info in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / INDEX_FILE, index)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON with a final newline."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def create_directory(directory: Path, num_bytes: int, fill: Callable[[Path], None]) -> None:
+    """Fills a folder under a temporary name and renames it when it is complete.
+
+    Args:
+        directory: The folder to make; must not exist.
+        num_bytes: Room that it will need.
+        fill: Writes the content into the folder that it is given.
+
+    Raises:
+        UserError: The folder exists, or the disk has no room. Nothing is left behind.
+    """
+    if directory.exists():
+        raise UserError(f"{directory}: exists; delete it or choose another --workdir")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory.parent).free
+    no_room = f"{directory}: no space left on the device, {num_bytes:,} bytes are needed"
+    if free < num_bytes:
+        raise UserError(f"{no_room} and {free:,} free; free some or choose another --workdir")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        fill(partial)
+        partial.rename(directory)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"{no_room}; free some or choose another --workdir") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def hash_array(array: np.ndarray) -> str:
+    """sha256 of an array's bytes, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
+
+
+def combine_hashes(hashes: Mapping[str, str]) -> str:
+    """One sha256 over the hashes of named tensors, whatever their order."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,112 @@
+"""`upscale_manifest.json`: how a grown checkpoint was made, and which of its layers are new."""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opt_deus_jax.checkpoints.hf import write_json
+from opt_deus_jax.errors import UserError
+
+FILE_NAME = "upscale_manifest.json"
+FORMAT_VERSION = 1
+_VERSIONED = ("opt_deus_jax", "jax", "jaxlib", "ott-jax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What is known about a grown checkpoint.
+
+    Attributes:
+        method: The preset's name.
+        options: Every option that the expansion ran with, presets resolved.
+        trained: `new` or `all`: what is to be trained.
+        layers: One entry per layer, from the embedding up: depth, base_layer, previous, next,
+            is_new.
+        base: Name, number of layers and sha256 over all tensors of the base.
+        identity: The result of running the grown model against its base.
+        diagnostics: Per new layer and matrix, what the transport reports.
+        versions: Versions of the software that made it.
+        format_version: Of this file.
+    """
+
+    method: str
+    options: dict[str, Any]
+    trained: str
+    layers: tuple[dict[str, Any], ...]
+    base: dict[str, Any]
+    identity: dict[str, Any]
+    diagnostics: tuple[dict[str, Any], ...]
+    versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def is_new(self) -> tuple[bool, ...]:
+        """For every layer whether it is new."""
+        return tuple(layer["is_new"] for layer in self.layers)
+
+    @property
+    def is_trained(self) -> tuple[bool, ...]:
+        """For every layer whether it is trained."""
+        return tuple(self.trained == "all" or new for new in self.is_new)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of the packages whose numerics a checkpoint depends on."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes the manifest; the last file of a checkpoint."""
+    write_json(directory / FILE_NAME, dataclasses.asdict(manifest))
+
+
+def parse_manifest(content: Mapping[str, Any], where: str) -> Manifest:
+    """Reads a manifest from its JSON.
+
+    Args:
+        content: The JSON object.
+        where: What error messages call it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: It was written by another version of the format or fields are missing.
+    """
+    fields = {field.name for field in dataclasses.fields(Manifest)}
+    if content.get("format_version") != FORMAT_VERSION or set(content) != fields:
+        raise UserError(
+            f"{where}: not a manifest of format {FORMAT_VERSION}; expand the base again"
+        )
+    return Manifest(
+        **{
+            **content,
+            "layers": tuple(content["layers"]),
+            "diagnostics": tuple(content["diagnostics"]),
+        }
+    )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads the manifest of a grown checkpoint.
+
+    Args:
+        directory: The Hugging Face folder of the grown model.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: The folder is not a finished expansion.
+    """
+    path = directory / FILE_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run experiments.expand first") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); expand the base again") from None
+    return parse_manifest(content, str(path))

@@ -1,0 +1,115 @@
+"""What every launcher shares: the two flags, the resolved config in the work directory, errors."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from opt_deus_jax.config import Experiment, validate
+from opt_deus_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+
+
+def define_flags() -> None:
+    """Defines `--config` and `--workdir`."""
+    config_flags.DEFINE_config_file(
+        "config", None, "configs/NAME.py[:variant]; fields: --config.upscale.method=... and so on."
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the experiment; everything is written in it.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def _fail(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(1)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        _fail(f"{reason}; see --help and opt_deus_jax/config.py for the fields")
+        raise
+    except UserError as error:
+        _fail(str(error))
+        raise
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a launcher: bad flags and `UserError` become one line on stderr and exit status 1.
+
+    Args:
+        main: The launcher's work.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]!r}; everything is a --flag, see --help")
+        # Orbax reports every file at INFO.
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error))
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def experiment_from_flags() -> Experiment:
+    """The experiment of `--config`, checked.
+
+    Raises:
+        UserError: A field has the wrong type or value.
+    """
+    experiment = flags.FLAGS.config
+    if not isinstance(experiment, Experiment):
+        raise UserError("--config: get_config() must return opt_deus_jax.config.Experiment")
+    validate(experiment)
+    return experiment
+
+
+def start(parts: Sequence[str]) -> tuple[Experiment, Path]:
+    """Reads the flags and checks the experiment against what earlier launchers recorded.
+
+    `config.json` in the work directory holds each part of the experiment that some launcher has
+    used. A part that was used before must be the same now, or its results would be mixed.
+
+    Args:
+        parts: The fields of `Experiment` that this launcher depends on.
+
+    Returns:
+        The experiment and the work directory, which exists.
+
+    Raises:
+        UserError: A field differs from what was recorded.
+    """
+    experiment = experiment_from_flags()
+    workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
+    path = workdir / CONFIG_FILE
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    now = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    for part in parts:
+        if part in recorded and recorded[part] != now[part]:
+            raise UserError(_difference(part, recorded[part], now[part], path))
+    recorded |= {part: now[part] for part in parts}
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(recorded, indent=2) + "\n")
+    partial.rename(path)
+    return experiment, workdir
+
+
+def _difference(part: str, before: object, now: object, path: Path) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        field = next(k for k in {**before, **now} if before.get(k) != now.get(k))
+        return _difference(f"{part}.{field}", before.get(field), now.get(field), path)
+    return (
+        f"config field {part}={now!r}: this work directory was made with {before!r} ({path}); "
+        "use that or another --workdir"
+    )

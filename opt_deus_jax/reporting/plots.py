@@ -1,0 +1,133 @@
+"""Pictures: one look, readable in print and by the colour-blind."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from opt_deus_jax.transport.diagnostics import MatrixReport
+
+# Okabe and Ito's palette.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LOOK = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "font.size": 9,
+}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": ""})
+
+
+def _pooled(matrix_MN: np.ndarray, size: int) -> np.ndarray:
+    """Sums mass in at most size x size tiles, so that thin entries do not vanish in a picture."""
+    for axis in (0, 1):
+        length = matrix_MN.shape[axis]
+        if length > size:
+            starts = np.linspace(0, length, size, endpoint=False).astype(int)
+            matrix_MN = np.add.reduceat(matrix_MN, starts, axis=axis)
+    return matrix_MN
+
+
+def plot_diagnostics(
+    path: Path, maps: Mapping[str, np.ndarray], reports: Mapping[int, Sequence[MatrixReport]]
+) -> None:
+    """Draws transport maps of the first new layer and the reports of all of them.
+
+    Args:
+        path: The PNG to write.
+        maps: Transport maps [m, n] by matrix, of the first fused layer.
+        reports: Reports by depth.
+    """
+    first_depth = next(iter(reports))
+    names = [report.name for report in reports[first_depth]]
+    order = {report.name: report.match_order for report in reports[first_depth]}
+    shown = [name for name in ("query", "gate", "up") if name in maps]
+    with mpl.rc_context(_LOOK):
+        figure = Figure(figsize=(11, 7.2), dpi=120, layout="constrained")
+        axes = figure.subplots(2, 3)
+        for axis, name in zip(axes[0], shown, strict=True):
+            _draw_map(axis, maps[name], np.asarray(order[name]), f"{name}, layer {first_depth}")
+        panels = (
+            ("match_gain", "matched cost / mean cost", "below 1: the match finds alike neurons"),
+            ("effective_sources", "sources a neuron", "1: a permutation; more: neurons blur"),
+            ("norm_ratio_next", "norm of fused / norm of B", "below 1: fusion shrinks kernels"),
+        )
+        for axis, (field, label, title) in zip(axes[1], panels, strict=True):
+            values = [[getattr(r, field) for r in reports[depth]] for depth in reports]
+            mean = np.mean(values, axis=0)
+            axis.bar(names, mean, color=COLOURS[0], alpha=0.8)
+            for i, column in enumerate(np.asarray(values).T):
+                axis.plot([i] * len(column), column, ".", color=COLOURS[1], markersize=4)
+            axis.set_ylabel(label)
+            axis.set_title(title)
+            axis.tick_params(axis="x", rotation=30)
+        figure.suptitle(
+            f"Transport of A's neurons onto B's, {len(reports)} new layers "
+            "(bars: mean, dots: layers)"
+        )
+        _save(figure, path)
+
+
+def _draw_map(axis, map_MN: np.ndarray, match: np.ndarray, title: str) -> None:
+    # B's neurons sorted by the A neuron that each matches best: a good match is a diagonal.
+    pooled = _pooled(map_MN[:, np.argsort(match, kind="stable")], 192)
+    floor = max(float(pooled.max()) * 1e-4, 1e-12)
+    image = axis.imshow(
+        np.maximum(pooled, floor),
+        norm=LogNorm(floor, pooled.max()),
+        cmap="cividis",
+        extent=(0, map_MN.shape[1], map_MN.shape[0], 0),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axis.set_title(title)
+    axis.set_xlabel("neuron of B, sorted by match")
+    axis.set_ylabel("neuron of A")
+    axis.figure.colorbar(image, ax=axis, label="mass")
+
+
+def plot_losses(
+    path: Path,
+    *,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    held_out_steps: Sequence[int],
+    held_out_losses: Sequence[float],
+    base_loss: float,
+) -> None:
+    """Draws the training loss, the held-out loss and the base's held-out loss.
+
+    Args:
+        path: The PNG to write.
+        steps: Optimizer steps.
+        losses: Training loss at each, nats a token.
+        held_out_steps: Steps at which held-out loss was measured.
+        held_out_losses: Those, nats a token.
+        base_loss: The held-out loss of the base.
+    """
+    fall = base_loss - held_out_losses[-1]
+    with mpl.rc_context(_LOOK):
+        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+        axis = figure.subplots()
+        axis.plot(steps, losses, color=COLOURS[5], linewidth=1, label="training text")
+        axis.plot(held_out_steps, held_out_losses, "o-", color=COLOURS[0], label="held-out text")
+        axis.axhline(base_loss, color=COLOURS[1], linestyle="--", label="the base, held-out text")
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel("cross-entropy, nats a token")
+        direction = "fell" if fall >= 0 else "rose"
+        axis.set_title(
+            f"Held-out loss {direction} by {abs(fall):.2f} nats below the base's"
+            if fall >= 0
+            else f"Held-out loss {direction} by {abs(fall):.2f} nats"
+        )
+        axis.legend(frameon=False)
+        _save(figure, path)

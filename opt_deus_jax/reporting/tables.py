@@ -1,0 +1,86 @@
+"""Tables on the screen."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from opt_deus_jax.models.accounting import Costs
+from opt_deus_jax.transport.diagnostics import MatrixReport
+from opt_deus_jax.upscaling.identity import IdentityReport
+from opt_deus_jax.upscaling.layout import LayerOrigin
+
+
+def layer_table(layers: Sequence[LayerOrigin], is_trained: Sequence[bool], title: str) -> Table:
+    """A line per layer of the grown model: what it is, and whether it is trained."""
+    table = Table("depth", "layer", "parents", "", title=title)
+    for layer, trained in zip(layers, is_trained, strict=True):
+        if layer.base_layer is not None:
+            kind, parents = f"base {layer.base_layer}", "copy" if layer.is_new else ""
+        else:
+            above = "none above" if layer.next is None else f"B = {layer.next}"
+            kind, parents = "[bold green]new[/]", f"A = {layer.previous}, {above}"
+        table.add_row(
+            str(layer.depth), kind, parents, "[green]trained[/]" if trained else "[dim]frozen[/]"
+        )
+    return table
+
+
+def costs_table(costs: Costs, title: str) -> Table:
+    """Parameters, FLOPs a token, and memory."""
+    table = Table("quantity", "value", title=title)
+    table.columns[1].justify = "right"
+    rows = (
+        ("parameters", f"{costs.parameters:,}"),
+        ("parameters trained", f"{costs.trained_parameters:,}"),
+        ("FLOPs a token, forward", f"{costs.forward_flops:,}"),
+        ("FLOPs a token, backward", f"{costs.backward_flops:,}"),
+        ("memory of expansion", f"{costs.expansion_bytes / 2**30:.2f} GiB"),
+        ("memory of training, without activations", f"{costs.training_bytes / 2**30:.2f} GiB"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def diagnostics_table(reports: Mapping[int, Sequence[MatrixReport]]) -> Table:
+    """A line per transported matrix."""
+    table = Table(
+        *("depth", "matrix", "converged", "iterations", "marginal error"),
+        *("effective sources", "norm / A", "norm / B", "match / mean cost"),
+        title="Transport of A's neurons onto B's",
+    )
+    for depth, matrices in reports.items():
+        for matrix in matrices:
+            table.add_row(
+                str(depth),
+                matrix.name,
+                "yes" if matrix.converged else "[bold red]NO[/]",
+                str(matrix.iterations),
+                f"{matrix.marginal_error:.1e}",
+                f"{matrix.effective_sources:.1f}",
+                f"{matrix.norm_ratio_previous:.3f}",
+                f"{matrix.norm_ratio_next:.3f}",
+                f"{matrix.match_gain:.3f}",
+            )
+    return table
+
+
+def identity_line(identity: IdentityReport) -> str:
+    """One sentence about the distance of the grown model from its base."""
+    if identity.bit_identical:
+        return (
+            f"identity: the grown model gives the base's logits bit for bit "
+            f"({identity.tokens} tokens, float32)"
+        )
+    return (
+        f"not an identity: logits differ by up to {identity.max_difference:.3g}, mean KL "
+        f"{identity.mean_divergence:.4g} nats ({identity.tokens} tokens)"
+    )
+
+
+def show(*items: Table | str) -> None:
+    """Prints tables and lines."""
+    console = Console(highlight=False)
+    for item in items:
+        console.print(item, soft_wrap=isinstance(item, str), markup=not isinstance(item, str))

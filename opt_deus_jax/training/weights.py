@@ -1,0 +1,213 @@
+"""Between a checkpoint's named tensors and the stacked leaves of a param pytree."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opt_deus_jax.checkpoints import orbax
+from opt_deus_jax.checkpoints.source import CheckpointSource
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.language_model import Params
+from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.models.params import block_specs, named_tensors, outer_specs
+from opt_deus_jax.training.segments import (
+    Segment,
+    depth_of,
+    partition,
+    plan_segments,
+    trained_mask,
+)
+
+
+def _hf_names(config: ModelConfig, segments: Sequence[Segment]) -> dict[str, Any]:
+    """The param pytree with, for each leaf, the names of its tensors: one, or a list of rows."""
+    names: dict[str, Any] = {name: spec.hf_name for name, spec in outer_specs(config).items()}
+    names["segments"] = [
+        [
+            {
+                name: [
+                    spec.hf_name.format(layer=depth_of(segment, repeat, place))
+                    for repeat in range(segment.repeats)
+                ]
+                for name, spec in block_specs(config).items()
+            }
+            for place in range(len(segment.pattern))
+        ]
+        for segment in segments
+    ]
+    return names
+
+
+def _is_names(node: Any) -> bool:
+    return isinstance(node, str) or (
+        isinstance(node, list) and all(isinstance(name, str) for name in node)
+    )
+
+
+def _num_layers(segments: Sequence[Segment]) -> int:
+    return sum(segment.repeats * len(segment.pattern) for segment in segments)
+
+
+def _check_source(source: CheckpointSource, config: ModelConfig, num_layers: int) -> None:
+    expected = {name: spec.shape for name, spec in named_tensors(config, num_layers)}
+    for name in (*expected, *source.tensors):
+        if name not in source.tensors:
+            raise UserError(f"{source.name}: tensor {name} is missing; the checkpoint is damaged")
+        if name not in expected:
+            raise UserError(
+                f"{source.name}: tensor {name} has no place in the network that its config.json "
+                "describes; the config and the tensors do not belong together"
+            )
+        if source.tensors[name].shape != expected[name]:
+            raise UserError(
+                f"{source.name}: tensor {name} has shape {source.tensors[name].shape}, its "
+                f"config.json asks for {expected[name]}; the two do not belong together"
+            )
+
+
+def load_params(
+    source: CheckpointSource,
+    config: ModelConfig,
+    segments: Sequence[Segment],
+    *,
+    dtype: jnp.dtype,
+    wanted: Any = None,
+) -> Params:
+    """Reads a param pytree, one tensor at a time; one leaf at most is in memory twice.
+
+    Args:
+        source: The checkpoint.
+        config: Its network.
+        segments: How its blocks are stacked.
+        dtype: Type of the leaves.
+        wanted: Tree of bools that says which leaves to read, as from `trained_mask`; None reads
+            all.
+
+    Returns:
+        A param pytree of device arrays, with None where a leaf is not wanted.
+
+    Raises:
+        UserError: A tensor is missing, unknown or of another shape.
+    """
+    _check_source(source, config, _num_layers(segments))
+
+    def read_leaf(names: str | list[str], is_wanted: bool) -> jax.Array | None:
+        if not is_wanted:
+            return None
+        if isinstance(names, str):
+            return jax.device_put(source.read(names).astype(dtype))
+        stacked = np.empty((len(names), *source.tensors[names[0]].shape), dtype)
+        for row, name in enumerate(names):
+            stacked[row] = source.read(name)
+        return jax.device_put(stacked)
+
+    all_names = _hf_names(config, segments)
+    if wanted is None:
+        wanted = jax.tree.map(lambda _: True, all_names, is_leaf=_is_names)
+    return jax.tree.map(read_leaf, all_names, wanted, is_leaf=_is_names)
+
+
+def abstract_params(config: ModelConfig, segments: Sequence[Segment], dtype: jnp.dtype) -> Params:
+    """Shapes and dtypes of a param pytree.
+
+    Args:
+        config: The network.
+        segments: How its blocks are stacked.
+        dtype: Type of the leaves.
+
+    Returns:
+        A param pytree of `jax.ShapeDtypeStruct`.
+    """
+    shapes = {name: spec.shape for name, spec in named_tensors(config, _num_layers(segments))}
+
+    def describe(names: str | list[str]) -> jax.ShapeDtypeStruct:
+        if isinstance(names, str):
+            return jax.ShapeDtypeStruct(shapes[names], dtype)
+        return jax.ShapeDtypeStruct((len(names), *shapes[names[0]]), dtype)
+
+    return jax.tree.map(describe, _hf_names(config, segments), is_leaf=_is_names)
+
+
+def load_trained(
+    directory: Path, config: ModelConfig, trained_by_depth: Sequence[bool], trained: str
+) -> tuple[int, Params, dict[str, Any]]:
+    """Reads the trained parameters of the latest training checkpoint, and nothing else.
+
+    Args:
+        directory: The `checkpoints` folder of a work directory.
+        config: The network.
+        trained_by_depth: Whether each block was trained.
+        trained: `new` or `all`.
+
+    Returns:
+        (step, param pytree of float32 arrays with None for frozen leaves, metadata as `train`
+        wrote it).
+
+    Raises:
+        UserError: There is no checkpoint.
+    """
+    segments = plan_segments(trained_by_depth)
+    mask = trained_mask(config, segments, trained)
+    abstract, _ = partition(abstract_params(config, segments, jnp.dtype("float32")), mask)
+    return orbax.load_trainable(directory, abstract)
+
+
+def tensor_by_name(
+    params: Params,
+    config: ModelConfig,
+    segments: Sequence[Segment],
+    frozen: Callable[[str], np.ndarray] | None = None,
+) -> Callable[[str], np.ndarray]:
+    """Gives access to the tensors of a param pytree by their Hugging Face names.
+
+    Args:
+        params: A param pytree; with None for frozen leaves where `frozen` is given.
+        config: The network.
+        segments: How its blocks are stacked.
+        frozen: Reads a tensor whose leaf is None, as `CheckpointSource.read` of the model that was
+            trained: so frozen tensors come out bit for bit as they went in.
+
+    Returns:
+        A function from name to array, which copies no more than that tensor to the host; it raises
+        KeyError for an unknown name.
+    """
+    places: dict[str, tuple[Any, int | None]] = {}
+
+    def note(names: str | list[str], leaf: Any) -> None:
+        rows = [(names, None)] if isinstance(names, str) else [(n, r) for r, n in enumerate(names)]
+        places.update({name: (leaf, row) for name, row in rows})
+
+    jax.tree.map(note, _hf_names(config, segments), params, is_leaf=_is_names)
+
+    def read(name: str) -> np.ndarray:
+        leaf, row = places[name]
+        if leaf is not None:
+            return np.asarray(leaf if row is None else leaf[row])
+        if frozen is None:
+            raise ValueError(f"parameter {name} is frozen and no reader of frozen ones was given")
+        return frozen(name)
+
+    return read
+
+
+def parameter_hash(tree: Any) -> str:
+    """Fingerprint of every leaf of a tree: path, dtype, shape and bytes.
+
+    Args:
+        tree: Any pytree of arrays.
+
+    Returns:
+        Hexadecimal sha256.
+    """
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""The exact optimal permutation between the rows of two matrices."""
+
+from __future__ import annotations
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy import optimize
+
+from opt_deus_jax.transport.sinkhorn import Coupling, check_rows
+
+
+def solve_assignment(source_MD: Float[Array, "m d"], target_ND: Float[Array, "n d"]) -> Coupling:
+    """Matches each target row with one source row so that the sum of Euclidean distances is least.
+
+    The limit of `solve_sinkhorn` as epsilon goes to 0. Runs (and so equals)
+    `scipy.optimize.linear_sum_assignment` on the float64 cost, on the host; inside `jax.jit` as a
+    callback.
+
+    Args:
+        source_MD: source rows.
+        target_ND: target rows, as many as source rows.
+
+    Returns:
+        The coupling: the permutation matrix divided by M, in float32; converged, without iterations
+        or marginal error, one effective source.
+
+    Raises:
+        ValueError: if the shapes do not fit, there are not as many source as target rows, or an
+            entry is not finite.
+    """
+    check_rows(source_MD, target_ND)
+    m, n = source_MD.shape[0], target_ND.shape[0]
+    if m != n:
+        raise ValueError(f"an assignment needs as many source as target rows, got {m} and {n}")
+    if isinstance(source_MD, jax.core.Tracer) or isinstance(target_ND, jax.core.Tracer):
+        scalar = jax.ShapeDtypeStruct((), np.float32)
+        index = jax.ShapeDtypeStruct((m,), np.int32)
+        source_of_N, mean_cost, matched_cost = jax.pure_callback(
+            _match, (index, scalar, scalar), source_MD, target_ND, vmap_method="sequential"
+        )
+    else:
+        source_of_N, mean_cost, matched_cost = _match(source_MD, target_ND)
+    plan_MN = jnp.zeros((m, m), jnp.float32).at[source_of_N, jnp.arange(m)].set(1.0 / m)
+    return Coupling(
+        plan_MN=plan_MN,
+        converged=jnp.bool_(True),
+        iterations=jnp.int32(0),
+        marginal_error=jnp.float32(0),
+        mean_cost=jnp.asarray(mean_cost),
+        matched_cost=jnp.asarray(matched_cost),
+        effective_sources=jnp.float32(1),
+    )
+
+
+def _match(source_MD: jax.Array, target_ND: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each target its source (int32), the mean cost and the mean matched cost (float32)."""
+    cost_MN = _host_cost(np.asarray(source_MD, np.float64), np.asarray(target_ND, np.float64))
+    # Of the transpose, so that the rows of the answer are the targets in order.
+    target_N, source_of_N = optimize.linear_sum_assignment(cost_MN.T)
+    matched = cost_MN[source_of_N, target_N].mean()
+    return source_of_N.astype(np.int32), np.float32(cost_MN.mean()), np.float32(matched)  # pyright: ignore
+
+
+def _host_cost(source_MD: np.ndarray, target_ND: np.ndarray) -> np.ndarray:
+    """Euclidean distances in float64, where the Gram trick is good to 1e-8 of a row's norm."""
+    square_MN = (source_MD**2).sum(1)[:, None] + (target_ND**2).sum(1)[None, :]
+    square_MN -= 2.0 * source_MD @ target_ND.T
+    if not np.isfinite(square_MN).all():
+        raise ValueError("an assignment needs finite rows")
+    return np.sqrt(np.maximum(square_MN, 0.0))

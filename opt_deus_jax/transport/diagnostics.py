@@ -1,0 +1,79 @@
+"""What a transport did to one matrix, in plain Python numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from opt_deus_jax.transport.sinkhorn import Coupling
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixReport:
+    """The report of one fused matrix.
+
+    Attributes:
+        name: name of the matrix.
+        converged: see `Coupling`, as are the next three.
+        iterations: Sinkhorn iterations; 0 for an assignment.
+        marginal_error: L1 error of both marginals.
+        effective_sources: how many sources a target draws on; 1 for a permutation, M for a
+            uniform plan.
+        norm_ratio_previous: Frobenius norm of the fused kernel over that of the previous layer's.
+        norm_ratio_next: the same over the next layer's.
+        match_gain: matched over mean cost; 1 where the plan is no better than chance, 0 where
+            every row has found its equal.
+        match_order: for each target its strongest source; sorts a heat map of the plan.
+    """
+
+    name: str
+    converged: bool
+    iterations: int
+    marginal_error: float
+    effective_sources: float
+    norm_ratio_previous: float
+    norm_ratio_next: float
+    match_gain: float
+    match_order: tuple[int, ...]
+
+
+def report(
+    name: str,
+    coupling: Coupling,
+    fused: Float[Array, "n d"],
+    previous: Float[Array, "m d"],
+    next: Float[Array, "n d"],
+) -> MatrixReport:
+    """Sums up a coupling of `previous` with `next` and the kernel `fused` from them.
+
+    A ratio of 0 to 0 counts as 1, of anything else to 0 as infinite. Not for use inside `jax.jit`.
+    """
+    norms = jnp.stack([_norm(kernel) for kernel in (fused, previous, next)])
+    match_order = jnp.argmax(coupling.plan_MN, axis=0)
+    host, norms, match_order = jax.device_get((coupling._replace(plan_MN=None), norms, match_order))
+    norm_fused, norm_previous, norm_next = (float(norm) for norm in norms)
+    return MatrixReport(
+        name=name,
+        converged=bool(host.converged),
+        iterations=int(host.iterations),
+        marginal_error=float(host.marginal_error),
+        effective_sources=float(host.effective_sources),
+        norm_ratio_previous=_ratio(norm_fused, norm_previous),
+        norm_ratio_next=_ratio(norm_fused, norm_next),
+        match_gain=_ratio(float(host.matched_cost), float(host.mean_cost)),
+        match_order=tuple(match_order.tolist()),
+    )
+
+
+def _norm(kernel: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(kernel.astype(jnp.float32))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator:
+        return numerator / denominator
+    return math.inf if numerator else 1.0

@@ -1,0 +1,290 @@
+"""Streams a base checkpoint into a grown one, a block at a time."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from opt_deus_jax.checkpoints.hf import (
+    combine_hashes,
+    create_directory,
+    hash_array,
+    open_hf_directory,
+    write_json,
+    write_weights,
+)
+from opt_deus_jax.checkpoints.manifest import Manifest, software_versions, write_manifest
+from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
+from opt_deus_jax.config import UpscaleConfig
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.model_config import ModelConfig, grown_hf_config, read_model_config
+from opt_deus_jax.models.params import block_specs, outer_specs
+from opt_deus_jax.transport.diagnostics import MatrixReport
+from opt_deus_jax.upscaling.fusion import Fused, fuse_blocks, transport_epsilon
+from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
+from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
+from opt_deus_jax.upscaling.methods import Method, resolve_method
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+    """What came of an expansion.
+
+    Attributes:
+        directory: The Hugging Face folder of the grown model.
+        manifest: Its manifest.
+        reports: For each fused layer, by depth, the report of each transported matrix.
+        sample_maps: The transport maps of the first fused layer, by matrix, for pictures.
+        identity: The distance from the base.
+    """
+
+    directory: Path
+    manifest: Manifest
+    reports: dict[int, tuple[MatrixReport, ...]]
+    sample_maps: dict[str, np.ndarray]
+    identity: IdentityReport
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    config: ModelConfig
+    upscale: UpscaleConfig
+    method: Method
+    layers: tuple[LayerOrigin, ...]
+
+
+def _finite_float32(source: CheckpointSource, name: str) -> np.ndarray:
+    array = source.read(name).astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise UserError(
+            f"{source.name}: tensor {name} holds NaN or Inf; fetch the checkpoint again"
+        )
+    return array
+
+
+def _read_block(source: CheckpointSource, config: ModelConfig, layer: int) -> dict[str, np.ndarray]:
+    return {
+        name: _finite_float32(source, spec.hf_name.format(layer=layer))
+        for name, spec in block_specs(config).items()
+    }
+
+
+def _parent_of_dtype(origin: LayerOrigin) -> int:
+    parent = origin.previous if origin.next is None else origin.next
+    if parent is None:
+        raise ValueError(f"layer {origin.depth} is neither a base layer nor has a parent")
+    return parent
+
+
+def _planned_tensors(source: CheckpointSource, plan: _Plan) -> dict[str, tuple[TensorInfo, str]]:
+    """Every grown tensor, with the base tensor that it equals or takes its dtype from."""
+    planned: dict[str, tuple[TensorInfo, str]] = {}
+    outer = outer_specs(plan.config)
+    names = [(outer["embedding"].hf_name, outer["embedding"].hf_name)]
+    for origin in plan.layers:
+        like = _parent_of_dtype(origin) if origin.base_layer is None else origin.base_layer
+        names += [
+            (spec.hf_name.format(layer=origin.depth), spec.hf_name.format(layer=like))
+            for spec in block_specs(plan.config).values()
+        ]
+    names += [(spec.hf_name, spec.hf_name) for key, spec in outer.items() if key != "embedding"]
+    for name, like in names:
+        planned[name] = (source.tensors[like], like)
+    return planned
+
+
+def _fuse_layer(
+    source: CheckpointSource,
+    plan: _Plan,
+    origin: LayerOrigin,
+    upper: dict[int, dict[str, np.ndarray]],
+) -> Fused:
+    """Fuses one layer; `upper` keeps the last parent B, which is often the next layer's A."""
+    if origin.previous is None:
+        raise ValueError(f"layer {origin.depth} has no parent")
+    previous = upper.pop(origin.previous, None) or _read_block(source, plan.config, origin.previous)
+    next_ = previous if origin.next is None else _read_block(source, plan.config, origin.next)
+    upper.clear()
+    if origin.next is not None:
+        upper[origin.next] = next_
+    return fuse_blocks(
+        previous,
+        next_,
+        config=plan.config,
+        weights=plan.method.weights,
+        zero_init=plan.method.zero_init,
+        transport=plan.upscale.transport,
+        epsilon=plan.upscale.epsilon,
+        seed=plan.upscale.seed + origin.depth,
+    )
+
+
+class _Reader:
+    """Makes each tensor of the grown model in the order in which it is written."""
+
+    def __init__(
+        self, source: CheckpointSource, plan: _Plan, on_layer: Callable[[LayerOrigin], None]
+    ):
+        self.source, self.plan, self.on_layer = source, plan, on_layer
+        self.planned = _planned_tensors(source, plan)
+        self.fused_tensors: dict[str, np.ndarray] = {}
+        self.upper: dict[int, dict[str, np.ndarray]] = {}
+        self.reports: dict[int, tuple[MatrixReport, ...]] = {}
+        self.sample_maps: dict[str, np.ndarray] = {}
+        self.base_hashes: dict[str, str] = {}
+        specs = block_specs(plan.config)
+        first = next(iter(specs.values())).hf_name
+        self.layer_at = {first.format(layer=origin.depth): origin for origin in plan.layers}
+
+    def read(self, name: str) -> np.ndarray:
+        origin = self.layer_at.get(name)
+        if origin is not None:
+            self.on_layer(origin)
+            if origin.base_layer is None:
+                self._fuse(origin)
+        if name in self.fused_tensors:
+            return self.fused_tensors.pop(name)
+        like = self.planned[name][1]
+        array = self.source.read(like)
+        if not np.isfinite(array.astype(np.float32, copy=False)).all():
+            raise UserError(
+                f"{self.source.name}: tensor {like} holds NaN or Inf; fetch the checkpoint again"
+            )
+        if like not in self.base_hashes:
+            self.base_hashes[like] = hash_array(array)
+        return array
+
+    def _fuse(self, origin: LayerOrigin) -> None:
+        fused = _fuse_layer(self.source, self.plan, origin, self.upper)
+        self.reports[origin.depth] = fused.reports
+        if not self.sample_maps:
+            self.sample_maps = fused.maps
+        for key, spec in block_specs(self.plan.config).items():
+            hf_name = spec.hf_name.format(layer=origin.depth)
+            array = fused.block[key]
+            cast = array.astype(self.planned[hf_name][0].dtype)
+            if not np.isfinite(cast.astype(np.float32, copy=False)).all():
+                raise UserError(
+                    f"new layer {origin.depth}: {key} is not finite after fusion; raise "
+                    "upscale.epsilon or use another upscale.transport"
+                )
+            self.fused_tensors[hf_name] = cast
+
+
+def _options(plan: _Plan) -> dict[str, Any]:
+    options: dict[str, Any] = dataclasses.asdict(plan.method)
+    options |= {"num_new_layers": sum(layer.is_new for layer in plan.layers)}
+    if plan.method.weights == "transport":
+        options["transport"] = plan.upscale.transport
+        if plan.upscale.transport != "assignment":
+            options["epsilon"] = transport_epsilon(plan.upscale.transport, plan.upscale.epsilon)
+    if plan.method.weights == "random":
+        options["seed"] = plan.upscale.seed
+    return options
+
+
+def _model_card(name: str, plan: _Plan, identity: IdentityReport) -> str:
+    new = [origin.depth for origin in plan.layers if origin.is_new]
+    exact = (
+        "computes exactly what its base computes"
+        if identity.bit_identical
+        else (f"differs from its base by {identity.mean_divergence:.4f} nats (mean KL)")
+    )
+    return (
+        f"---\nlibrary_name: transformers\ntags: [depth-up-scaling, opt_deus_jax]\n---\n\n"
+        f"# {Path(name).name}, grown to {len(plan.layers)} layers\n\n"
+        f"Made by [opt_deus_jax](https://arxiv.org/abs/2508.08011) from `{Path(name).name}` "
+        f"({plan.config.num_layers} layers) with method `{plan.upscale.method}`.\n"
+        f"New layers: {', '.join(map(str, new)) or 'none'}.\n\n"
+        f"Right after expansion the model {exact} ({identity.tokens} tokens compared). "
+        "How it was made stands in `upscale_manifest.json`. The licence is that of the base.\n"
+    )
+
+
+def expand_checkpoint(
+    source: CheckpointSource,
+    upscale: UpscaleConfig,
+    directory: Path,
+    *,
+    probe_BT: Int[np.ndarray, "b t"],
+    max_shard_bytes: int,
+    on_layer: Callable[[LayerOrigin], None] = lambda origin: None,
+) -> Expansion:
+    """Writes the grown model and proves what it computes.
+
+    At most two blocks, one plan and one tensor are in memory at a time. The folder appears under
+    its name only when it is complete and, for zero-initialised methods, proven identical.
+
+    Args:
+        source: The base.
+        upscale: Which layers are added, and with which weights.
+        directory: The Hugging Face folder to make; must not exist.
+        probe_BT: Token ids on which the grown model is run against its base.
+        max_shard_bytes: Size above which safetensors are split.
+        on_layer: Called before each layer is made, for progress.
+
+    Returns:
+        The manifest, the reports, and the distance from the base.
+
+    Raises:
+        UserError: A field contradicts the base, a tensor is not finite, the disk is full, the
+            folder exists, or a zero-initialised model is not identical to its base.
+    """
+    config = read_model_config(source.hf_config, f"{source.name}: config.json")
+    method = resolve_method(upscale)
+    layers = plan_layout(method.layout, config.num_layers, upscale.num_new_layers, upscale.gaps)
+    plan = _Plan(config, upscale, method, layers)
+    reader = _Reader(source, plan, on_layer)
+    tensors = [(name, info) for name, (info, _) in reader.planned.items()]
+    made: list[tuple[Manifest, IdentityReport]] = []
+
+    def fill(partial: Path) -> None:
+        write_weights(partial, tensors, reader.read, max_shard_bytes)
+        for file, content in source.side_files.items():
+            (partial / file).write_bytes(content)
+        write_json(partial / "config.json", grown_hf_config(source.hf_config, len(layers)))
+        grown = open_hf_directory(partial, str(directory))
+        identity = compare_to_base(source, grown, probe_BT)
+        must_be_identical = method.zero_init or not any(layer.is_new for layer in layers)
+        if must_be_identical and not identity.bit_identical:
+            raise UserError(
+                f"{directory}: the grown model is not its base (logits differ by up to "
+                f"{identity.max_difference:.3g}); nothing was written, please report this"
+            )
+        (partial / "README.md").write_text(_model_card(source.name, plan, identity))
+        manifest = _manifest(source, plan, reader, identity)
+        write_manifest(partial, manifest)
+        made.append((manifest, identity))
+
+    create_directory(directory, sum(info.num_bytes for _, info in tensors), fill)
+    manifest, identity = made[0]
+    return Expansion(directory, manifest, reader.reports, reader.sample_maps, identity)
+
+
+def _manifest(
+    source: CheckpointSource, plan: _Plan, reader: _Reader, identity: IdentityReport
+) -> Manifest:
+    return Manifest(
+        method=plan.upscale.method,
+        options=_options(plan),
+        trained=plan.method.trained,
+        layers=tuple(dataclasses.asdict(layer) for layer in plan.layers),
+        base={
+            "name": Path(source.name).name,
+            "num_layers": plan.config.num_layers,
+            "sha256": combine_hashes(reader.base_hashes),
+        },
+        identity=dataclasses.asdict(identity),
+        diagnostics=tuple(
+            {
+                "depth": depth,
+                **{k: v for k, v in dataclasses.asdict(report).items() if k != "match_order"},
+            }
+            for depth, reports in reader.reports.items()
+            for report in reports
+        ),
+        versions=software_versions(),
+    )

@@ -1,0 +1,119 @@
+"""Proves that a grown model computes what its base computes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from opt_deus_jax.checkpoints.source import CheckpointSource
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.block import BlockInputs, root_mean_square_norm
+from opt_deus_jax.models.language_model import (
+    apply_block,
+    causal_inputs,
+    project_to_vocabulary,
+)
+from opt_deus_jax.models.model_config import ModelConfig, read_model_config
+from opt_deus_jax.models.params import block_specs, outer_specs
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityReport:
+    """How far a grown model is from its base on some tokens.
+
+    Attributes:
+        bit_identical: Whether all logits are the same float32 numbers, bit for bit.
+        tokens: How many tokens were compared.
+        max_difference: Largest absolute difference of a logit.
+        mean_divergence: Mean Kullback-Leibler divergence of the grown model's next-token
+            distribution from the base's, nats.
+    """
+
+    bit_identical: bool
+    tokens: int
+    max_difference: float
+    mean_divergence: float
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _step(config: ModelConfig, block: dict[str, Array], x_BTD: Array, inputs: BlockInputs) -> Array:
+    return apply_block(config, block, x_BTD, inputs)[0]
+
+
+@functools.partial(jax.jit, static_argnames="epsilon")
+def _logits(x_BTD: Array, scale_D: Array, head_VD: Array, *, epsilon: float) -> Array:
+    return project_to_vocabulary(root_mean_square_norm(x_BTD, scale_D, epsilon), head_VD)
+
+
+def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"]) -> np.ndarray:
+    """Logits of a checkpoint with one block in memory at a time.
+
+    One block is compiled and applied layer by layer, so two checkpoints of the same shape go
+    through the same machine code.
+
+    Args:
+        source: The checkpoint.
+        tokens_BT: Token ids.
+
+    Returns:
+        float32 [b, t, v].
+    """
+    config = read_model_config(source.hf_config, source.name)
+    # Depth is not part of the block's computation; leaving it in would compile a block per depth.
+    config = dataclasses.replace(config, num_layers=1)
+    depth = source.hf_config["num_hidden_layers"]
+    outer = outer_specs(config)
+
+    def load(hf_name: str) -> Array:
+        return jnp.asarray(source.read(hf_name).astype(np.float32))
+
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+    inputs = causal_inputs(config, jnp.asarray(positions_BT))
+    embedding_VD = load(outer["embedding"].hf_name)
+    x_BTD = embedding_VD[jnp.asarray(tokens_BT)]
+    if "head" in outer:
+        del embedding_VD
+    for layer in range(depth):
+        block = {
+            name: load(spec.hf_name.format(layer=layer))
+            for name, spec in block_specs(config).items()
+        }
+        x_BTD = _step(config, block, x_BTD, inputs)
+    head_VD = load(outer["head"].hf_name) if "head" in outer else embedding_VD  # pyright: ignore
+    scale_D = load(outer["final_norm"].hf_name)
+    return np.asarray(_logits(x_BTD, scale_D, head_VD, epsilon=config.norm_epsilon))
+
+
+def compare_to_base(
+    base: CheckpointSource, grown: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"]
+) -> IdentityReport:
+    """Runs both models on the same tokens in float32.
+
+    Args:
+        base: The base.
+        grown: The grown model.
+        tokens_BT: Token ids.
+
+    Returns:
+        How far they are apart.
+
+    Raises:
+        UserError: A logit of either model is not finite.
+    """
+    base_BTV = streamed_logits(base, tokens_BT)
+    grown_BTV = streamed_logits(grown, tokens_BT)
+    for source, values in ((base, base_BTV), (grown, grown_BTV)):
+        if not np.isfinite(values).all():
+            raise UserError(f"{source.name}: its logits are not finite; the weights are damaged")
+    log_base = np.asarray(jax.nn.log_softmax(jnp.asarray(base_BTV)), np.float64)
+    log_grown = np.asarray(jax.nn.log_softmax(jnp.asarray(grown_BTV)), np.float64)
+    divergence = np.sum(np.exp(log_base) * (log_base - log_grown), axis=-1).mean()
+    return IdentityReport(
+        bit_identical=base_BTV.tobytes() == grown_BTV.tobytes(),
+        tokens=int(tokens_BT.size),
+        max_difference=float(np.abs(base_BTV - grown_BTV).max()),
+        mean_divergence=float(divergence),
+    )

@@ -1,0 +1,80 @@
+"""The published methods and the controls, as presets over four independent choices."""
+
+import dataclasses
+
+from opt_deus_jax.config import AS_PUBLISHED, UpscaleConfig
+from opt_deus_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Four choices that make a method.
+
+    Attributes:
+        layout: Where new layers go.
+        weights: How a new layer is made from its parents: transport, average, copy_previous,
+            copy_next, half_next or random; empty where no layer is fused.
+        zero_init: Whether the kernels that end the residual branches start at zero.
+        trained: `new` or `all`.
+    """
+
+    layout: str
+    weights: str
+    zero_init: bool
+    trained: str
+
+
+METHODS = {
+    "opt_deus": Method("top", "transport", zero_init=True, trained="new"),
+    "average": Method("top", "average", zero_init=False, trained="new"),
+    "llama_pro": Method("uniform", "copy_previous", zero_init=True, trained="new"),
+    "solar": Method("stack", "", zero_init=False, trained="all"),
+    "base": Method("top", "", zero_init=False, trained="all"),
+    "copy_previous": Method("top", "copy_previous", zero_init=True, trained="new"),
+    "copy_next": Method("top", "copy_next", zero_init=True, trained="new"),
+    "half_next": Method("top", "half_next", zero_init=True, trained="new"),
+    "random": Method("top", "random", zero_init=True, trained="new"),
+}
+
+
+def resolve_method(config: UpscaleConfig) -> Method:
+    """Takes the preset and replaces what the config sets.
+
+    Args:
+        config: The `upscale` part of an experiment.
+
+    Returns:
+        A method without `published` left in it.
+
+    Raises:
+        UserError: An unknown method, or choices that contradict each other.
+    """
+    if config.method not in METHODS:
+        raise UserError(
+            f"config field upscale.method={config.method!r}: use one of {', '.join(METHODS)}"
+        )
+    preset = METHODS[config.method]
+    method = Method(
+        layout=preset.layout if config.layout == AS_PUBLISHED else config.layout,
+        weights=preset.weights,
+        zero_init=preset.zero_init if config.zero_init is None else config.zero_init,
+        trained=preset.trained if config.trained == AS_PUBLISHED else config.trained,
+    )
+    if config.method == "base" and (config.num_new_layers or config.gaps):
+        raise UserError(
+            f"config field upscale.num_new_layers={config.num_new_layers}: method 'base' adds no "
+            "layer; set it to 0"
+        )
+    if config.method != "base" and not (config.num_new_layers or config.gaps):
+        raise UserError(
+            f"config field upscale.num_new_layers=0: method {config.method!r} needs at least one"
+        )
+    if (method.layout == "stack") != (method.weights == "") and config.method != "base":
+        raise UserError(
+            f"config field upscale.layout={method.layout!r}: 'stack' goes with method 'solar' only"
+        )
+    if method.layout == "stack" and method.zero_init:
+        raise UserError("config field upscale.zero_init=True: method 'solar' keeps its copies")
+    if config.epsilon is not None and config.epsilon <= 0:
+        raise UserError(f"config field upscale.epsilon={config.epsilon}: must be positive")
+    return method

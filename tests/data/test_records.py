@@ -1,0 +1,284 @@
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opt_deus_jax.config import DataConfig
+from opt_deus_jax.data import documents, records
+from opt_deus_jax.data.documents import is_held_out, read_documents
+from opt_deus_jax.data.records import Records, load_records, prepare_records
+from opt_deus_jax.errors import UserError
+
+EOS = 256
+LENGTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteEncoder:
+    """UTF-8 bytes as tokens; module-level, so that spawned processes can unpickle it."""
+
+    vocabulary_size: int = 257
+    eos_id: int = EOS
+    shift: int = 0
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [[byte + self.shift for byte in text.encode()] for text in texts]
+
+
+class DyingEncoder(ByteEncoder):
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if os.environ.get("TOKENIZERS_PARALLELISM") == "false":
+            os._exit(1)
+        return super().encode_batch(texts)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    texts = [f"document {i} " + "abc " * (i % 7) for i in range(300)]
+    path.write_text(
+        "".join(json.dumps({"id": str(i), "text": t}) + "\n" for i, t in enumerate(texts))
+    )
+    return path
+
+
+def make_config(corpus: Path, **fields: object) -> DataConfig:
+    defaults = {
+        "train": str(corpus),
+        "held_out_fraction": 0.2,
+        "sequence_length": LENGTH,
+        "max_held_out_tokens": 0,
+        "num_workers": 1,
+    }
+    return DataConfig(**(defaults | fields))  # pyright: ignore[reportArgumentType]
+
+
+def prepare(directory: Path, data: DataConfig, tokenizer: ByteEncoder | None = None):
+    tokenizer = tokenizer or ByteEncoder()
+    return prepare_records(directory, data, tokenizer, tokenizer_fingerprint="bytes")
+
+
+def expected_tokens(corpus: Path, held_out: bool) -> list[int]:
+    tokens: list[int] = []
+    for document in read_documents(str(corpus), "text"):
+        if is_held_out(document.id, 0.2) == held_out:
+            tokens += [*document.text.encode(), EOS]
+    return tokens
+
+
+def test_every_token_is_predicted_exactly_once(tmp_path: Path, corpus: Path):
+    info = prepare(tmp_path / "records", make_config(corpus))
+    for split, held_out in (("train", False), ("held_out", True)):
+        loaded = load_records(tmp_path / "records", split, verify=True)
+        tokens = expected_tokens(corpus, held_out)
+        predicted = np.concatenate([loaded[i][1:] for i in range(len(loaded))])
+        assert 0 <= len(tokens) - 1 - len(predicted) < LENGTH
+        np.testing.assert_array_equal(predicted, tokens[1 : len(predicted) + 1])
+        inputs = np.concatenate([loaded[i][:-1] for i in range(len(loaded))])
+        np.testing.assert_array_equal(inputs, tokens[: len(predicted)])
+        assert loaded[0].dtype == np.int32
+        assert loaded[0].shape == (LENGTH + 1,)
+        assert info.splits[split].tokens == len(predicted) == len(loaded) * LENGTH
+    assert info.splits["train"].documents + info.splits["held_out"].documents == 300
+    with pytest.raises(IndexError):
+        loaded[len(loaded)]
+
+
+def test_two_workers_write_the_same_files(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(documents, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "_MIN_PARALLEL_CHARACTERS", 300)
+    for max_train_tokens in (0, 30 * LENGTH):
+        infos = []
+        for num_workers in (1, 2):
+            directory = tmp_path / f"{max_train_tokens}_{num_workers}"
+            data = make_config(corpus, num_workers=num_workers, max_train_tokens=max_train_tokens)
+            infos.append(prepare(directory, data))
+        assert infos[0] == infos[1]
+    assert infos[0].splits["train"].records == 30
+
+
+def test_dead_worker(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "_MIN_PARALLEL_CHARACTERS", 300)
+    with pytest.raises(UserError, match="worker process died.*num_workers=1"):
+        prepare(tmp_path / "records", make_config(corpus, num_workers=2), DyingEncoder())
+    assert not list((tmp_path / "records").iterdir())
+
+
+def test_limits_stop_the_reading(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "_CHUNK_CHARACTERS", 100)
+    with corpus.open("a") as file:
+        file.write("this line is never reached")
+    data = make_config(corpus, max_train_tokens=4 * LENGTH + 3, max_held_out_tokens=2 * LENGTH)
+    info = prepare(tmp_path / "records", data)
+    assert info.splits["train"].records == 4
+    assert info.splits["held_out"].records == 2
+    tokens = load_records(tmp_path / "records", "held_out").tokens
+    np.testing.assert_array_equal(tokens, expected_tokens_prefix(corpus, 2 * LENGTH + 1, True))
+    assert info.splits["held_out"].documents == 1 + np.sum(tokens[:-1] == EOS)
+    tokens = load_records(tmp_path / "records", "train").tokens
+    np.testing.assert_array_equal(tokens, expected_tokens_prefix(corpus, 4 * LENGTH + 1, False))
+
+
+def expected_tokens_prefix(corpus: Path, count: int, held_out: bool) -> list[int]:
+    tokens: list[int] = []
+    for document in read_documents(str(corpus), "text"):
+        if is_held_out(document.id, 0.2) == held_out:
+            tokens += [*document.text.encode(), EOS]
+        if len(tokens) >= count:
+            break
+    return tokens[:count]
+
+
+def test_held_out_text_of_its_own(tmp_path: Path, corpus: Path):
+    other = tmp_path / "other.txt"
+    other.write_text("held out " * 20)
+    data = make_config(corpus, held_out=str(other), max_train_tokens=2 * LENGTH)
+    info = prepare(tmp_path / "records", data)
+    assert bytes(load_records(tmp_path / "records", "held_out").tokens[:8].tolist()) == b"held out"
+    assert info.splits["held_out"].documents == 1
+    assert "held_out_fraction" not in info.settings
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_highest_token_survives(tmp_path: Path, corpus: Path, vocabulary: int, dtype: str):
+    encoder = ByteEncoder(vocabulary, eos_id=vocabulary - 1)
+    info = prepare(tmp_path / "records", make_config(corpus), encoder)
+    assert info.dtype == dtype
+    assert load_records(tmp_path / "records", "train").tokens.max() == vocabulary - 1
+
+
+def test_second_run_does_nothing(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    data = make_config(corpus)
+    info = prepare(tmp_path / "records", data)
+    monkeypatch.setattr(records, "tokenize", None)
+    data.num_workers, data.seed = 2, 5
+    assert prepare(tmp_path / "records", data) == info
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sequence_length", 8),
+        ("text_field", "body"),
+        ("max_train_tokens", 64),
+        ("held_out", "a.txt"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, corpus: Path, field: str, value: object):
+    prepare(tmp_path / "records", make_config(corpus))
+    with pytest.raises(UserError, match=rf"{field} .* -> .*another --workdir, or delete"):
+        prepare(tmp_path / "records", make_config(corpus, **{field: value}))
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, corpus: Path):
+    prepare(tmp_path / "records", make_config(corpus))
+    with pytest.raises(UserError, match="tokenizer_sha256"):
+        prepare_records(
+            tmp_path / "records", make_config(corpus), ByteEncoder(), tokenizer_fingerprint="other"
+        )
+
+
+@pytest.mark.parametrize("stage", ["append", "finish", "publish", "_write_info"])
+def test_interrupted_write_leaves_nothing_that_looks_whole(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+):
+    def interrupt(*_: object):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records if stage == "_write_info" else records._SplitWriter, stage, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "records", make_config(corpus))
+    assert not list((tmp_path / "records").glob("*.tmp"))
+    with pytest.raises(UserError, match="no records here"):
+        load_records(tmp_path / "records", "train")
+    prepare(tmp_path / "records", make_config(corpus))
+    assert len(load_records(tmp_path / "records", "train", verify=True))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk(tmp_path: Path, corpus: Path):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "train.bin.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="disk is full.*2 bytes a token"):
+        prepare(tmp_path / "records", make_config(corpus))
+    assert not list((tmp_path / "records").iterdir())
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path, corpus: Path):
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare(corpus / "records", make_config(corpus))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sequence_length": 0}, "data.sequence_length=0"),
+        ({"num_workers": -1}, "data.num_workers=-1"),
+        ({"max_train_tokens": 5}, "data.max_train_tokens=5: fewer than the 16"),
+        ({"held_out_fraction": 0.0}, "data.held_out_fraction=0.0"),
+        ({"held_out_fraction": 1.0}, "data.held_out_fraction=1.0"),
+        (
+            {"sequence_length": 5000},
+            "held_out text: [0-9]+ documents with .* one record needs 5001",
+        ),
+        ({"held_out_fraction": 1e-9}, "held_out text: 0 documents with 0 tokens"),
+    ],
+)
+def test_unusable_settings(tmp_path: Path, corpus: Path, fields: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / "records", make_config(corpus, **fields))
+
+
+def test_held_out_text_that_is_the_training_text(tmp_path: Path, corpus: Path):
+    with pytest.raises(UserError, match="data.held_out=.*is the training text"):
+        prepare(tmp_path / "records", make_config(corpus, held_out=str(corpus)))
+
+
+def test_empty_corpus(tmp_path: Path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="train text: 0 documents with 0 tokens"):
+        prepare(tmp_path / "records", make_config(tmp_path / "empty.jsonl"))
+
+
+def test_token_outside_the_vocabulary(tmp_path: Path, corpus: Path):
+    with pytest.raises(UserError, match="gives token 256, but the vocabulary has 200"):
+        prepare_records(
+            tmp_path / "records",
+            make_config(corpus),
+            ByteEncoder(),
+            tokenizer_fingerprint="bytes",
+            vocabulary_size=200,
+        )
+
+
+def test_damaged_files_are_noticed(tmp_path: Path, corpus: Path):
+    directory = tmp_path / "records"
+    prepare(directory, make_config(corpus))
+    path = directory / "train.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + b"xx")
+    load_records(directory, "train")
+    with pytest.raises(UserError, match="sha256"):
+        load_records(directory, "train", verify=True)
+    path.write_bytes(whole[:-2])
+    with pytest.raises(UserError, match="train.bin: [0-9]+ bytes where [0-9]+ were written"):
+        prepare(directory, make_config(corpus))
+    path.unlink()
+    with pytest.raises(UserError, match="train.bin: no such records"):
+        load_records(directory, "train")
+    (directory / "records.json").write_text('{"settings": {}}')
+    with pytest.raises(UserError, match="not a list of records: delete"):
+        load_records(directory, "train")
+
+
+def test_records_of_too_few_tokens_are_none():
+    assert len(Records(np.zeros(0, np.uint16), 4)) == 0
+    assert len(Records(np.zeros(4, np.uint16), 4)) == 0
+    assert len(Records(np.zeros(5, np.uint16), 4)) == 1

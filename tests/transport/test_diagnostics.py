@@ -1,0 +1,53 @@
+"""The report of one matrix."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opt_deus_jax.transport import assignment, diagnostics, sinkhorn
+
+
+def _kernel(rows: int, seed: int) -> jnp.ndarray:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, 16)), jnp.float32)
+
+
+def test_report_of_a_permutation():
+    previous = _kernel(24, 0)
+    order = np.random.default_rng(1).permutation(24)
+    following = previous[order]
+    coupling = assignment.solve_assignment(previous, following)
+    report = diagnostics.report("q", coupling, 0.5 * following, previous, following)
+    assert report.name == "q"
+    assert report.converged is True
+    assert report.iterations == 0
+    assert report.match_order == tuple(order)
+    assert report.match_gain == pytest.approx(0.0, abs=1e-6)
+    assert report.norm_ratio_previous == pytest.approx(0.5)
+    assert report.norm_ratio_next == pytest.approx(0.5)
+
+
+def test_report_of_a_rectangular_plan():
+    previous, following = _kernel(12, 0), 2.0 * _kernel(20, 1)
+    coupling = sinkhorn.solve_sinkhorn(previous, following, epsilon=0.05, relative=True)
+    fused = (sinkhorn.barycentric_map(coupling).T @ previous + following) / 2
+    report = diagnostics.report("gate", coupling, fused, previous, following)
+    assert report.converged is True
+    assert report.iterations > 0
+    assert 1 < report.effective_sources < 12
+    assert 0 < report.match_gain < 1
+    assert report.marginal_error < sinkhorn.DEFAULT_THRESHOLD
+    assert len(report.match_order) == 20
+    assert report.norm_ratio_next == pytest.approx(
+        float(np.linalg.norm(fused) / np.linalg.norm(following)), rel=1e-5
+    )
+
+
+def test_ratios_to_zero():
+    zeros, ones = jnp.zeros((4, 3)), jnp.ones((4, 3))
+    coupling = sinkhorn.solve_sinkhorn(zeros, zeros, epsilon=0.05, relative=True)
+    report = diagnostics.report("k", coupling, ones, zeros, ones)
+    assert report.norm_ratio_previous == math.inf
+    assert report.norm_ratio_next == pytest.approx(1.0)
+    assert report.match_gain == 1.0
