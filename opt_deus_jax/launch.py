@@ -74,14 +74,15 @@ def experiment_from_flags() -> Experiment:
     return experiment
 
 
-def start(parts: Sequence[str]) -> tuple[Experiment, Path]:
+def start(fixed: Sequence[str], recorded: Sequence[str] = ()) -> tuple[Experiment, Path]:
     """Reads the flags and checks the experiment against what earlier launchers recorded.
 
     `config.json` in the work directory holds each part of the experiment that some launcher has
-    used. A part that was used before must be the same now, or its results would be mixed.
+    used. A fixed part that was used before must be the same now, or results would be mixed.
 
     Args:
-        parts: The fields of `Experiment` that this launcher depends on.
+        fixed: The fields of `Experiment` that this launcher and others depend on.
+        recorded: Fields that this launcher records and checks in its own way.
 
     Returns:
         The experiment and the work directory, which exists.
@@ -92,15 +93,15 @@ def start(parts: Sequence[str]) -> tuple[Experiment, Path]:
     experiment = experiment_from_flags()
     workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
     path = workdir / CONFIG_FILE
-    recorded = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {}
     now = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    for part in parts:
-        if part in recorded and recorded[part] != now[part]:
-            raise UserError(_difference(part, recorded[part], now[part], path))
-    recorded |= {part: now[part] for part in parts}
+    for part in fixed:
+        if part in before and before[part] != now[part]:
+            raise UserError(_difference(part, before[part], now[part], path))
+    merged = before | {part: now[part] for part in (*fixed, *recorded)}
     workdir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(recorded, indent=2) + "\n")
+    partial.write_text(json.dumps(merged, indent=2) + "\n")
     partial.rename(path)
     return experiment, workdir
 

@@ -1,9 +1,10 @@
 """Training checkpoints: thin functions over Orbax V1.
 
-One step holds four items: `trainable` and `optimizer` (pytrees), `data` (the Grain iterator) and
-`metadata` (JSON). Frozen parameters are in none: they are those of the model that is trained.
+One step holds four items: the pytrees `trainable` and `optimizer_state`, the Grain iterator `data`
+and the JSON `metadata`. Frozen parameters are in none: they are those of the model that is trained.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from orbax.checkpoint import v1 as ocp
 
 from opt_deus_jax.errors import UserError
 
+Checkpointer = ocp.training.Checkpointer
 _save_policies = ocp.training.save_decision_policies
 _keep_policies = ocp.training.preservation_policies
 
 
 def open_checkpointer(
     directory: Path, *, save_every: int, last_step: int, keep: int
-) -> ocp.training.Checkpointer:
+) -> Checkpointer:
     """Opens a folder of checkpoints for writing; it belongs to the caller alone.
 
     Args:
@@ -31,31 +33,25 @@ def open_checkpointer(
     Returns:
         A context manager that waits, on leaving, for what is being written.
     """
-    return ocp.training.Checkpointer(
-        directory.absolute(),
-        save_decision_policy=_save_policies.AnySavePolicy(
-            [
-                _save_policies.FixedIntervalPolicy(save_every),
-                _save_policies.SpecificStepsPolicy((last_step,)),
-                _save_policies.PreemptionCheckpointingPolicy(),
-            ]
-        ),
-        preservation_policy=_keep_policies.LatestN(keep),
-        cleanup_tmp_directories=True,
+    when = _save_policies.AnySavePolicy(
+        [
+            _save_policies.FixedIntervalPolicy(save_every),
+            _save_policies.SpecificStepsPolicy((last_step,)),
+            _save_policies.PreemptionCheckpointingPolicy(),
+        ]
     )
+    return _checkpointer(directory, when, _keep_policies.LatestN(keep), remove_unfinished=True)
 
 
-def latest_step(checkpointer: ocp.training.Checkpointer) -> int | None:
+def latest_step(checkpointer: Checkpointer) -> int | None:
     """The step of the latest finished checkpoint, None where there is none."""
     return None if checkpointer.latest is None else checkpointer.latest.step
 
 
 def save(
-    checkpointer: ocp.training.Checkpointer,
+    checkpointer: Checkpointer,
     step: int,
-    *,
-    trainable: Any,
-    optimizer_state: Any,
+    trees: Mapping[str, Any],
     data: Any,
     metadata: dict[str, Any],
 ) -> None:
@@ -64,49 +60,47 @@ def save(
     Args:
         checkpointer: From `open_checkpointer`.
         step: Steps made.
-        trainable: Param pytree with None for frozen leaves.
-        optimizer_state: State of the optimizer.
+        trees: Pytrees of arrays by name, which may be donated afterwards; they may have None
+            holes.
         data: The Grain iterator.
         metadata: Anything that JSON holds.
     """
-    items = {
-        "trainable": trainable,
-        "optimizer": optimizer_state,
-        "data": data,
-        "metadata": metadata,
-    }
+    items = {**trees, "data": data, "metadata": metadata}
     checkpointer.save_checkpointables_async(step, items)
 
 
-def load_metadata(checkpointer: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
+def load_metadata(checkpointer: Checkpointer, step: int) -> dict[str, Any]:
     """Reads the metadata of a checkpoint."""
     return checkpointer.load_checkpointables(step, {"metadata": None})["metadata"]
 
 
 def restore(
-    checkpointer: ocp.training.Checkpointer,
-    step: int,
-    *,
-    trainable: Any,
-    optimizer_state: Any,
-    data: Any,
-) -> tuple[Any, Any]:
+    checkpointer: Checkpointer, step: int, trees: Mapping[str, Any], data: Any
+) -> dict[str, Any]:
     """Reads a checkpoint.
 
     Args:
         checkpointer: From `open_checkpointer`.
         step: Which one.
-        trainable: Pytree of `jax.ShapeDtypeStruct`; those without a sharding go to the first
-            device.
-        optimizer_state: The same for the optimizer.
+        trees: Pytrees of arrays like those that were saved; they are given up, and what is read
+            takes their places on the devices.
         data: The Grain iterator, which is moved to where it was.
 
     Returns:
-        (trainable, optimizer state).
+        The trees that were saved.
     """
-    items = {"trainable": _placed(trainable), "optimizer": _placed(optimizer_state), "data": data}
-    restored = checkpointer.load_checkpointables(step, items)
-    return restored["trainable"], restored["optimizer"]
+    # With the shardings: Orbax would take those in the file, which name the devices of the process
+    # that wrote it.
+    items = {
+        name: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+        )
+        for name, tree in trees.items()
+    }
+    for leaf in jax.tree.leaves(dict(trees)):
+        leaf.delete()
+    restored = checkpointer.load_checkpointables(step, {**items, "data": data})
+    return {name: restored[name] for name in trees}
 
 
 def load_trainable(directory: Path, trainable: Any) -> tuple[int, Any, dict[str, Any]]:
@@ -114,7 +108,7 @@ def load_trainable(directory: Path, trainable: Any) -> tuple[int, Any, dict[str,
 
     Args:
         directory: The folder of checkpoints.
-        trainable: Pytree of `jax.ShapeDtypeStruct`, as for `restore`.
+        trainable: Pytree of `jax.ShapeDtypeStruct`, each with its sharding.
 
     Returns:
         (step, trainable, metadata).
@@ -125,26 +119,29 @@ def load_trainable(directory: Path, trainable: Any) -> tuple[int, Any, dict[str,
     missing = UserError(f"{directory}: no checkpoint here: run experiments.train first")
     if not directory.is_dir():
         raise missing
-    with ocp.training.Checkpointer(
-        directory.absolute(),
-        save_decision_policy=_save_policies.SpecificStepsPolicy(()),
-        preservation_policy=_keep_policies.PreserveAll(),
-    ) as checkpointer:
+    never = _save_policies.SpecificStepsPolicy(())
+    keep_all = _keep_policies.PreserveAll()
+    with _checkpointer(directory, never, keep_all, remove_unfinished=False) as checkpointer:
         step = latest_step(checkpointer)
         if step is None:
             raise missing
-        items = {"trainable": _placed(trainable), "metadata": None}
+        items = {"trainable": trainable, "metadata": None}
         restored = checkpointer.load_checkpointables(step, items)
     return step, restored["trainable"], restored["metadata"]
 
 
-def _placed(abstract: Any) -> Any:
-    # Without a sharding Orbax takes the one in the file, which names the devices of the process
-    # that wrote it.
-    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding or first_device
-        ),
-        abstract,
+def _checkpointer(
+    directory: Path, when: Any, preservation: Any, *, remove_unfinished: bool
+) -> Checkpointer:
+    # By default a dict is a pytree to Orbax, which stores its numbers as arrays.
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="metadata")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return Checkpointer(
+        str(directory.absolute()),
+        context=context,
+        save_decision_policy=when,
+        preservation_policy=preservation,
+        cleanup_tmp_directories=remove_unfinished,
     )

@@ -102,32 +102,28 @@ def plot_losses(
     losses: Sequence[float],
     held_out_steps: Sequence[int],
     held_out_losses: Sequence[float],
-    base_loss: float,
 ) -> None:
-    """Draws the training loss, the held-out loss and the base's held-out loss.
+    """Draws the training loss and the held-out loss, which starts at the untrained model's.
 
     Args:
         path: The PNG to write.
         steps: Optimizer steps.
         losses: Training loss at each, nats a token.
-        held_out_steps: Steps at which held-out loss was measured.
+        held_out_steps: Steps at which held-out loss was measured, the first before training.
         held_out_losses: Those, nats a token.
-        base_loss: The held-out loss of the base.
     """
-    fall = base_loss - held_out_losses[-1]
+    fall = held_out_losses[0] - held_out_losses[-1]
     with mpl.rc_context(_LOOK):
         figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
         axis = figure.subplots()
         axis.plot(steps, losses, color=COLOURS[5], linewidth=1, label="training text")
         axis.plot(held_out_steps, held_out_losses, "o-", color=COLOURS[0], label="held-out text")
-        axis.axhline(base_loss, color=COLOURS[1], linestyle="--", label="the base, held-out text")
+        axis.axhline(
+            held_out_losses[0], color=COLOURS[1], linestyle="--", label="held out, before training"
+        )
         axis.set_xlabel("optimizer step")
         axis.set_ylabel("cross-entropy, nats a token")
-        direction = "fell" if fall >= 0 else "rose"
-        axis.set_title(
-            f"Held-out loss {direction} by {abs(fall):.2f} nats below the base's"
-            if fall >= 0
-            else f"Held-out loss {direction} by {abs(fall):.2f} nats"
-        )
+        verb = "fell" if fall >= 0 else "rose"
+        axis.set_title(f"Held-out loss {verb} by {abs(fall):.2f} nats a token")
         axis.legend(frameon=False)
         _save(figure, path)

@@ -46,9 +46,11 @@ def costs_table(costs: Costs, title: str) -> Table:
 def diagnostics_table(reports: Mapping[int, Sequence[MatrixReport]]) -> Table:
     """A line per transported matrix."""
     table = Table(
-        *("depth", "matrix", "converged", "iterations", "marginal error"),
-        *("effective sources", "norm / A", "norm / B", "match / mean cost"),
+        *("layer", "matrix", "ok", "steps", "error", "sources", "norm/A", "norm/B", "match"),
         title="Transport of A's neurons onto B's",
+        caption="ok: converged; steps: Sinkhorn iterations; error: of the marginals; sources: "
+        "A's neurons that reach one of B's; norm: of the fused kernel over the parent's; match: "
+        "matched cost over mean cost",
     )
     for depth, matrices in reports.items():
         for matrix in matrices:

@@ -160,7 +160,7 @@ def make_train_step(
         )
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
         trainable = optax.apply_updates(state.trainable, updates)

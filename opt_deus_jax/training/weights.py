@@ -76,6 +76,7 @@ def load_params(
     segments: Sequence[Segment],
     *,
     dtype: jnp.dtype,
+    sharding: jax.sharding.Sharding,
     wanted: Any = None,
 ) -> Params:
     """Reads a param pytree, one tensor at a time; one leaf at most is in memory twice.
@@ -85,6 +86,7 @@ def load_params(
         config: Its network.
         segments: How its blocks are stacked.
         dtype: Type of the leaves.
+        sharding: Where every leaf is put.
         wanted: Tree of bools that says which leaves to read, as from `trained_mask`; None reads
             all.
 
@@ -100,11 +102,11 @@ def load_params(
         if not is_wanted:
             return None
         if isinstance(names, str):
-            return jax.device_put(source.read(names).astype(dtype))
+            return jax.device_put(source.read(names).astype(dtype), sharding)
         stacked = np.empty((len(names), *source.tensors[names[0]].shape), dtype)
         for row, name in enumerate(names):
             stacked[row] = source.read(name)
-        return jax.device_put(stacked)
+        return jax.device_put(stacked, sharding)
 
     all_names = _hf_names(config, segments)
     if wanted is None:
@@ -112,13 +114,19 @@ def load_params(
     return jax.tree.map(read_leaf, all_names, wanted, is_leaf=_is_names)
 
 
-def abstract_params(config: ModelConfig, segments: Sequence[Segment], dtype: jnp.dtype) -> Params:
-    """Shapes and dtypes of a param pytree.
+def abstract_params(
+    config: ModelConfig,
+    segments: Sequence[Segment],
+    dtype: jnp.dtype,
+    sharding: jax.sharding.Sharding,
+) -> Params:
+    """Shapes, dtypes and sharding of a param pytree.
 
     Args:
         config: The network.
         segments: How its blocks are stacked.
         dtype: Type of the leaves.
+        sharding: That of every leaf.
 
     Returns:
         A param pytree of `jax.ShapeDtypeStruct`.
@@ -127,8 +135,9 @@ def abstract_params(config: ModelConfig, segments: Sequence[Segment], dtype: jnp
 
     def describe(names: str | list[str]) -> jax.ShapeDtypeStruct:
         if isinstance(names, str):
-            return jax.ShapeDtypeStruct(shapes[names], dtype)
-        return jax.ShapeDtypeStruct((len(names), *shapes[names[0]]), dtype)
+            return jax.ShapeDtypeStruct(shapes[names], dtype, sharding=sharding)
+        shape = (len(names), *shapes[names[0]])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     return jax.tree.map(describe, _hf_names(config, segments), is_leaf=_is_names)
 
@@ -153,7 +162,10 @@ def load_trained(
     """
     segments = plan_segments(trained_by_depth)
     mask = trained_mask(config, segments, trained)
-    abstract, _ = partition(abstract_params(config, segments, jnp.dtype("float32")), mask)
+    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract, _ = partition(
+        abstract_params(config, segments, jnp.dtype("float32"), first_device), mask
+    )
     return orbax.load_trainable(directory, abstract)
 
 
@@ -207,7 +219,7 @@ def parameter_hash(tree: Any) -> str:
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
-        array = np.ascontiguousarray(leaf)
+        array = np.asarray(leaf, order="C")
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.view(np.uint8).data if array.size else b"")
+        digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()

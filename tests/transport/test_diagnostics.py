@@ -10,7 +10,7 @@ from opt_deus_jax.transport import assignment, diagnostics, sinkhorn
 
 
 def _kernel(rows: int, seed: int) -> jnp.ndarray:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, 16)), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, 32)), jnp.float32)
 
 
 def test_report_of_a_permutation():
@@ -29,23 +29,23 @@ def test_report_of_a_permutation():
 
 
 def test_report_of_a_rectangular_plan():
-    previous, following = _kernel(12, 0), 2.0 * _kernel(20, 1)
+    previous, following = _kernel(48, 0), 2.0 * _kernel(80, 1)
     coupling = sinkhorn.solve_sinkhorn(previous, following, epsilon=0.05, relative=True)
     fused = (sinkhorn.barycentric_map(coupling).T @ previous + following) / 2
     report = diagnostics.report("gate", coupling, fused, previous, following)
     assert report.converged is True
     assert report.iterations > 0
-    assert 1 < report.effective_sources < 12
+    assert 1 < report.effective_sources < 48
     assert 0 < report.match_gain < 1
     assert report.marginal_error < sinkhorn.DEFAULT_THRESHOLD
-    assert len(report.match_order) == 20
+    assert len(report.match_order) == 80
     assert report.norm_ratio_next == pytest.approx(
         float(np.linalg.norm(fused) / np.linalg.norm(following)), rel=1e-5
     )
 
 
 def test_ratios_to_zero():
-    zeros, ones = jnp.zeros((4, 3)), jnp.ones((4, 3))
+    zeros, ones = jnp.zeros((64, 64)), jnp.ones((64, 64))
     coupling = sinkhorn.solve_sinkhorn(zeros, zeros, epsilon=0.05, relative=True)
     report = diagnostics.report("k", coupling, ones, zeros, ones)
     assert report.norm_ratio_previous == math.inf

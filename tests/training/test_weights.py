@@ -1,0 +1,137 @@
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.model_config import ModelConfig, read_model_config
+from opt_deus_jax.models.params import named_tensors
+from opt_deus_jax.training.segments import invert_mask, merge, plan_segments, trained_mask
+from opt_deus_jax.training.weights import (
+    abstract_params,
+    load_params,
+    load_trained,
+    parameter_hash,
+    tensor_by_name,
+)
+
+HF_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_bias": True,
+}
+MASK = [False, True, False, True, False]
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+
+
+def make_source(tensors: dict[str, np.ndarray]) -> CheckpointSource:
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
+    return CheckpointSource("tiny", HF_CONFIG, infos, tensors.__getitem__, {})
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return read_model_config(HF_CONFIG)
+
+
+@pytest.fixture(scope="module")
+def device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.fixture
+def tensors(config: ModelConfig) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {
+        name: draw.normal(size=spec.shape).astype(np.float32)
+        for name, spec in named_tensors(config, 5)
+    }
+
+
+def test_tensors_go_in_and_come_out_by_name(config, device, tensors):  # noqa: ANN001
+    segments = plan_segments(MASK)
+    params = load_params(make_source(tensors), config, segments, dtype=FLOAT32, sharding=device)
+    read = tensor_by_name(params, config, segments)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(read(name), array)
+    with pytest.raises(KeyError):
+        read("model.layers.5.mlp.up_proj.weight")
+    abstract = abstract_params(config, segments, FLOAT32, device)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), params
+    )
+
+
+def test_trained_masters_and_frozen_bfloat16_make_the_whole(config, device, tensors):  # noqa: ANN001
+    segments = plan_segments(MASK)
+    mask = trained_mask(config, segments, "new")
+    source = make_source(tensors)
+    trainable = load_params(
+        source, config, segments, dtype=FLOAT32, sharding=device, wanted=mask
+    )
+    frozen = load_params(
+        source, config, segments, dtype=BFLOAT16, sharding=device, wanted=invert_mask(mask)
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {FLOAT32}
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {BFLOAT16}
+    assert len(jax.tree.leaves(merge(trainable, frozen))) == len(jax.tree.leaves(mask))
+
+    # Exported frozen tensors are those of the source, not their bfloat16 copies.
+    read = tensor_by_name(trainable, config, segments, source.read)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(read(name), array)
+    rounded = tensor_by_name(merge(trainable, frozen), config, segments)("lm_head.weight")
+    np.testing.assert_array_equal(
+        rounded, tensors["lm_head.weight"].astype(ml_dtypes.bfloat16)
+    )
+    with pytest.raises(ValueError, match="lm_head.weight is frozen"):
+        tensor_by_name(trainable, config, segments)("lm_head.weight")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(config, device, tensors):  # noqa: ANN001
+    def load(changed: dict[str, np.ndarray]) -> None:
+        load_params(
+            make_source(changed), config, plan_segments(MASK), dtype=FLOAT32, sharding=device
+        )
+
+    name = "model.layers.3.self_attn.q_proj.bias"
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        load({key: array for key, array in tensors.items() if key != name})
+    with pytest.raises(UserError, match=r"q_norm.weight has no place"):
+        load(tensors | {"model.layers.0.self_attn.q_norm.weight": np.ones(8, np.float32)})
+    with pytest.raises(UserError, match=f"{name} has shape"):
+        load(tensors | {name: np.ones(31, np.float32)})
+
+
+def test_hash_sees_path_dtype_shape_and_bytes():
+    tree = {"b": jnp.arange(4.0), "a": [None, np.ones((), np.int32)]}
+    expected = hashlib.sha256(
+        b"['a'][1] int32 ()\n"
+        + np.ones((), np.int32).tobytes()
+        + b"['b'] float32 (4,)\n"
+        + np.arange(4, dtype=np.float32).tobytes()
+    )
+    assert parameter_hash(tree) == expected.hexdigest()
+    others = [
+        {"c": tree["b"], "a": tree["a"]},
+        tree | {"b": jnp.arange(4)},
+        tree | {"b": jnp.arange(4.0).reshape(2, 2)},
+        tree | {"b": jnp.arange(4.0).at[0].set(-0.0)},
+        tree | {"b": jnp.arange(4.0).astype(BFLOAT16)},
+    ]
+    assert len({parameter_hash(other) for other in [tree, *others]}) == 6
+
+
+def test_no_training_checkpoint_is_said_so(config, tmp_path):  # noqa: ANN001
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="run experiments.train first"):
+            load_trained(folder, config, MASK, "new")
