@@ -1,4 +1,6 @@
-"""Llama-3.1-8B grown from 32 to 48 layers as published (arXiv 2508.08011): 11,520,053,248 parameters.
+"""Llama-3.1-8B grown from 32 to 48 layers as published (arXiv 2508.08011).
+
+The grown model has 11,520,053,248 parameters.
 
 Variants: none takes the weights from the hub (a gated repository: accept its licence there, then
 `huggingface-cli login`; or set --config.base to a local folder). `shape` takes only the config.json

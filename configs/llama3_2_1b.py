@@ -1,4 +1,6 @@
-"""Llama-3.2-1B grown from 16 to 24 layers as published (arXiv 2508.08011): 1,722,386,432 parameters.
+"""Llama-3.2-1B grown from 16 to 24 layers as published (arXiv 2508.08011).
+
+The grown model has 1,722,386,432 parameters.
 
 Variants: none takes the weights from the hub (a gated repository: accept its licence there, then
 `huggingface-cli login`; or set --config.base to a local folder). `shape` takes only the config.json

@@ -33,12 +33,12 @@ def get_config(variant: str = "") -> Experiment:
         experiment.upscale.num_new_layers = 7
         experiment.data.sequence_length = 256
         experiment.data.max_train_tokens = 300_000
-        experiment.data.max_held_out_tokens = 16_384
+        experiment.data.max_held_out_tokens = 8_192
         experiment.optimizer.learning_rate = 1e-3
-        experiment.training.steps = 60
+        experiment.training.steps = 48
         experiment.training.batch_size = 4
-        experiment.training.evaluate_every = 20
-        experiment.training.checkpoint_every = 20
+        experiment.training.evaluate_every = 16
+        experiment.training.checkpoint_every = 16
     elif variant:
         raise UserError(f"configs/smollm2_135m.py: unknown variant {variant!r}; use demo or none")
     return experiment

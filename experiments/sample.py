@@ -4,6 +4,7 @@ python -m experiments.sample --model=runs/first/exported --prompt="Return the"
 --model takes a Hugging Face folder, a .gguf file or a hub id; repeat it to compare.
 """
 
+import jax
 import jax.numpy as jnp
 from absl import flags
 
@@ -35,7 +36,13 @@ def main() -> None:
         if not all(prompts):
             raise UserError("--prompt is empty; give some text")
         segments = plan_segments((False,) * config.num_layers)
-        params = load_params(source, config, segments, dtype=jnp.dtype("float32"))
+        params = load_params(
+            source,
+            config,
+            segments,
+            dtype=jnp.dtype("float32"),
+            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        )
         continuations = generate(
             params,
             prompts,

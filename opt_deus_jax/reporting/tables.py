@@ -68,6 +68,15 @@ def diagnostics_table(reports: Mapping[int, Sequence[MatrixReport]]) -> Table:
     return table
 
 
+def records_table(rows: Sequence[Mapping[str, object]], title: str) -> Table:
+    """A line per mapping, a column per key of the first; floats to three digits."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        cells = (row[key] for key in rows[0])
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    return table
+
+
 def identity_line(identity: IdentityReport) -> str:
     """One sentence about the distance of the grown model from its base."""
     if identity.bit_identical:

@@ -1,3 +1,4 @@
+import functools
 import random
 
 import jax
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.models.language_model import init_block, init_params, logits
+from opt_deus_jax.models.language_model import init_params, logits
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
+from opt_deus_jax.models.params import block_specs
 from opt_deus_jax.training.segments import (
     Segment,
     depth_of,
@@ -19,23 +21,14 @@ from opt_deus_jax.training.segments import (
     trained_mask,
     unstack_blocks,
 )
+from tests.training.tiny import tiny_hf_config
 
 F, T = False, True
 
 
 @pytest.fixture(scope="module")
 def config() -> ModelConfig:
-    return read_model_config(
-        {
-            "model_type": "llama",
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        }
-    )
+    return read_model_config(tiny_hf_config(num_hidden_layers=6, tie_word_embeddings=False))
 
 
 def flatten(segments: tuple[Segment, ...]) -> list[bool]:
@@ -91,22 +84,22 @@ def test_a_network_without_blocks_is_refused():
         plan_segments([])
 
 
-@pytest.mark.parametrize("mask", [[F, F, T, F, T, F], [F, T, T, F, F, T], [T] * 6])
+@pytest.mark.parametrize("mask", [[F, F, T, F, T, F], [F, T, T, F, F, T]])
 def test_segmented_forward_equals_unsegmented(config: ModelConfig, mask: list[bool]):
     params = init_params(config, jax.random.key(0))
     blocks = unstack_blocks(params["segments"], plan_segments([F] * 6))
     segments = plan_segments(mask)
     segmented = params | {"segments": stack_blocks(blocks, segments)}
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 64)
-    expected = logits(params, tokens, config=config, dtype=jnp.dtype("float32"))
-    actual = logits(segmented, tokens, config=config, dtype=jnp.dtype("float32"))
+    forward = jax.jit(functools.partial(logits, config=config, dtype=jnp.dtype("float32")))
+    expected, actual = forward(params, tokens), forward(segmented, tokens)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
     unstacked = unstack_blocks(segmented["segments"], segments)
     jax.tree.map(np.testing.assert_array_equal, unstacked, blocks)
 
 
 def segmented_params(config: ModelConfig, mask: list[bool]) -> dict:
-    blocks = [init_block(config, jax.random.key(depth)) for depth in range(len(mask))]
+    blocks = [dict.fromkeys(block_specs(config), jnp.ones(2)) for _ in mask]
     outer = {name: jnp.ones(3) for name in ("embedding", "final_norm", "head")}
     return outer | {"segments": stack_blocks(blocks, plan_segments(mask))}
 

@@ -6,10 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
-from opt_deus_jax.models.params import named_tensors
 from opt_deus_jax.training.segments import invert_mask, merge, plan_segments, trained_mask
 from opt_deus_jax.training.weights import (
     abstract_params,
@@ -18,24 +16,11 @@ from opt_deus_jax.training.weights import (
     parameter_hash,
     tensor_by_name,
 )
+from tests.training.tiny import source_of, tiny_hf_config, tiny_tensors
 
-HF_CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "attention_bias": True,
-}
+HF_CONFIG = tiny_hf_config(num_hidden_layers=5, attention_bias=True, tie_word_embeddings=False)
 MASK = [False, True, False, True, False]
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
-
-
-def make_source(tensors: dict[str, np.ndarray]) -> CheckpointSource:
-    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
-    return CheckpointSource("tiny", HF_CONFIG, infos, tensors.__getitem__, {})
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +34,15 @@ def device() -> jax.sharding.Sharding:
 
 
 @pytest.fixture
-def tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return {
-        name: draw.normal(size=spec.shape).astype(np.float32)
-        for name, spec in named_tensors(config, 5)
-    }
+def tensors() -> dict[str, np.ndarray]:
+    return tiny_tensors(HF_CONFIG)
 
 
 def test_tensors_go_in_and_come_out_by_name(config, device, tensors):  # noqa: ANN001
     segments = plan_segments(MASK)
-    params = load_params(make_source(tensors), config, segments, dtype=FLOAT32, sharding=device)
+    params = load_params(
+        source_of(HF_CONFIG, tensors), config, segments, dtype=FLOAT32, sharding=device
+    )
     read = tensor_by_name(params, config, segments)
     for name, array in tensors.items():
         np.testing.assert_array_equal(read(name), array)
@@ -74,10 +57,8 @@ def test_tensors_go_in_and_come_out_by_name(config, device, tensors):  # noqa: A
 def test_trained_masters_and_frozen_bfloat16_make_the_whole(config, device, tensors):  # noqa: ANN001
     segments = plan_segments(MASK)
     mask = trained_mask(config, segments, "new")
-    source = make_source(tensors)
-    trainable = load_params(
-        source, config, segments, dtype=FLOAT32, sharding=device, wanted=mask
-    )
+    source = source_of(HF_CONFIG, tensors)
+    trainable = load_params(source, config, segments, dtype=FLOAT32, sharding=device, wanted=mask)
     frozen = load_params(
         source, config, segments, dtype=BFLOAT16, sharding=device, wanted=invert_mask(mask)
     )
@@ -90,9 +71,7 @@ def test_trained_masters_and_frozen_bfloat16_make_the_whole(config, device, tens
     for name, array in tensors.items():
         np.testing.assert_array_equal(read(name), array)
     rounded = tensor_by_name(merge(trainable, frozen), config, segments)("lm_head.weight")
-    np.testing.assert_array_equal(
-        rounded, tensors["lm_head.weight"].astype(ml_dtypes.bfloat16)
-    )
+    np.testing.assert_array_equal(rounded, tensors["lm_head.weight"].astype(ml_dtypes.bfloat16))
     with pytest.raises(ValueError, match="lm_head.weight is frozen"):
         tensor_by_name(trainable, config, segments)("lm_head.weight")
 
@@ -100,7 +79,11 @@ def test_trained_masters_and_frozen_bfloat16_make_the_whole(config, device, tens
 def test_a_checkpoint_that_does_not_fit_is_refused(config, device, tensors):  # noqa: ANN001
     def load(changed: dict[str, np.ndarray]) -> None:
         load_params(
-            make_source(changed), config, plan_segments(MASK), dtype=FLOAT32, sharding=device
+            source_of(HF_CONFIG, changed),
+            config,
+            plan_segments(MASK),
+            dtype=FLOAT32,
+            sharding=device,
         )
 
     name = "model.layers.3.self_attn.q_proj.bias"

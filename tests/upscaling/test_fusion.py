@@ -1,5 +1,7 @@
 """Fusion against DESIGN, section 2, written again in float64 with POT and SciPy."""
 
+import dataclasses
+
 import numpy as np
 import ot
 import pytest
@@ -101,6 +103,12 @@ def config_of(**changes):
     return read_model_config(hf_config(**changes))
 
 
+def square(width):
+    """All kernels of one shape: each shape takes seconds to compile."""
+    sizes = {"hidden_size": width, "intermediate_size": width}
+    return config_of(**sizes, num_attention_heads=4, num_key_value_heads=4)
+
+
 @pytest.mark.parametrize("sigma", [0.02, 0.3])
 def test_reference_equals_pot_for_every_tensor_of_a_block_with_biases(sigma):
     config = config_of(attention_bias=True, mlp_bias=True)
@@ -118,7 +126,7 @@ def test_reference_equals_pot_for_every_tensor_of_a_block_with_biases(sigma):
 
 def test_reference_equals_pot_on_llama_sized_weights():
     # Rows as long as Llama's, where distances are near 1.3 and the plan is far from a permutation.
-    config = config_of(hidden_size=1024, intermediate_size=1024, head_dim=32, num_attention_heads=8)
+    config = square(1024)
     a, b = random_block(config, 0, 0.02), random_block(config, 1, 0.02)
     ours = fusion.fuse_blocks(
         a, b, config=config, weights="transport", zero_init=True, transport="reference"
@@ -132,7 +140,7 @@ def test_reference_equals_pot_on_llama_sized_weights():
     assert ours.block["down_kernel"].shape == (1024, 1024)
 
 
-@pytest.mark.parametrize("gap", [14, 21, 28])
+@pytest.mark.parametrize("gap", [14, 18, 21])
 def test_reference_equals_pot_on_smollm2(gap):
     source = smollm2()
     config = read_model_config(source.hf_config)
@@ -173,7 +181,7 @@ def test_assignment_equals_scipy_for_every_tensor():
 
 @pytest.mark.parametrize("transport", ["barycentric", "assignment"])
 def test_a_permuted_layer_is_found_again(transport):
-    config = config_of()
+    config = square(32)
     generator = np.random.default_rng(2)
     a = random_block(config, 0, 0.3)
     for name, kernel in a.items():
@@ -186,7 +194,7 @@ def test_a_permuted_layer_is_found_again(transport):
 
 
 def test_barycentric_is_relative_to_the_size_of_the_weights_and_reference_is_not():
-    config = config_of()
+    config = square(32)
     a, b = random_block(config, 0, 0.3), random_block(config, 1, 0.3)
     # A power of two keeps float32's digits, so relative transport gives the very same plan.
     small_a, small_b = ({k: v / 16 for k, v in block.items()} for block in (a, b))
@@ -206,7 +214,7 @@ def test_barycentric_is_relative_to_the_size_of_the_weights_and_reference_is_not
 
 
 def test_a_given_epsilon_is_used():
-    config = config_of()
+    config = square(32)
     a, b = random_block(config, 0, 0.3), random_block(config, 1, 0.3)
 
     def sources(epsilon):
@@ -216,7 +224,7 @@ def test_a_given_epsilon_is_used():
         return fused.reports[0].effective_sources
 
     assert sources(None) == sources(0.01)
-    assert sources(0.01) < sources(0.1) < sources(1.0) <= 32 * (1 + 1e-5)
+    assert sources(0.01) < sources(1.0) <= 32 * (1 + 1e-5)
 
 
 def simple(weights, a, b, config, **options):
@@ -255,14 +263,14 @@ def test_random_is_normal_with_deviation_002_and_of_its_seed():
     assert not block["down_bias"].any()
     again, other = (simple("random", a, b, config, seed=seed) for seed in (5, 6))
     np.testing.assert_array_equal(again["gate_kernel"], gate)
-    assert not np.isin(other["gate_kernel"], gate).any()
+    assert abs(np.corrcoef(other["gate_kernel"].ravel(), gate.ravel())[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize(
     "weights", ["transport", "average", "copy_previous", "copy_next", "half_next", "random"]
 )
 def test_zero_init_zeroes_both_outputs_and_leaves_the_rest_and_the_parents(weights):
-    config = config_of(attention_bias=True, mlp_bias=True)
+    config = dataclasses.replace(square(32), attention_bias=True, mlp_bias=True)
     a, b = random_block(config, 0, 0.1), random_block(config, 1, 0.1)
     kept = {name: array.copy() for name, array in (a | b).items()}
     full, zeroed = (

@@ -1,0 +1,85 @@
+r"""Times the transport of an expansion against POT's log-domain Sinkhorn, and weighs an expansion.
+
+python -m experiments.benchmark_expand --config=configs/smollm2_135m.py --workdir=runs/benchmark
+For the gaps of --gaps, each transported matrix is solved by both at the same epsilon, POT in
+float64 until its marginal error is ours. POT stops at --pot_iterations all the same; its time is
+then a lower bound and is marked so. POT comes with the extra `test`. Writes
+WORKDIR/benchmark_expand.json.
+"""
+
+import functools
+import itertools
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import ot
+from absl import flags
+
+from opt_deus_jax import launch
+from opt_deus_jax.checkpoints.hf import write_json
+from opt_deus_jax.checkpoints.manifest import software_versions
+from opt_deus_jax.checkpoints.opening import open_checkpoint
+from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.models.params import block_specs
+from opt_deus_jax.reporting.measured_process import run_measured
+from opt_deus_jax.reporting.tables import records_table, show
+from opt_deus_jax.transport.sinkhorn import solve_sinkhorn
+from opt_deus_jax.upscaling.fusion import transport_epsilon
+
+launch.define_flags()
+_GAPS = flags.DEFINE_list("gaps", ["15", "22"], "Gaps in which both solve.")
+_ITERATIONS = flags.DEFINE_integer("pot_iterations", 500, "POT stops here.", lower_bound=10)
+_MATRICES = ("query", "key", "value", "output", "gate", "up")
+
+
+def _solve_both(previous: np.ndarray, next_: np.ndarray, epsilon: float) -> dict[str, object]:
+    solve = functools.partial(solve_sinkhorn, epsilon=epsilon, relative=True)
+    a, b = jnp.asarray(previous), jnp.asarray(next_)
+    solve(a, b).plan_MN.block_until_ready()  # compiled once per shape, in the expansion's own time
+    start = time.perf_counter()
+    coupling = solve(a, b)
+    plan = np.asarray(coupling.plan_MN, np.float64)
+    ours = time.perf_counter() - start
+    m, n = plan.shape
+    # POT stops by the 2-norm of the target marginal's error.
+    error = float(np.linalg.norm(plan.sum(axis=0) - 1 / n))
+    start = time.perf_counter()
+    cost = ot.dist(previous.astype(np.float64), next_.astype(np.float64), metric="euclidean")
+    _, log = ot.bregman.sinkhorn_log(
+        np.full(m, 1 / m), np.full(n, 1 / n), cost, reg=epsilon * cost.mean(),
+        numItermax=_ITERATIONS.value, stopThr=error, log=True, warn=False,
+    )  # fmt: skip
+    pot = time.perf_counter() - start
+    row = {"ours_s": ours, "pot_s": pot, "ours_error": error, "pot_error": float(log["err"][-1])}
+    return {**row, "pot_is_lower_bound": row["pot_error"] > error, "speedup": pot / ours}
+
+
+def main() -> None:
+    """Measures a whole expansion in a process of its own, then the solvers side by side."""
+    experiment, workdir = launch.start(("base", "upscale"))
+    arguments = [f"--config={flags.FLAGS['config'].config_filename}", f"--workdir={workdir}/expand"]
+    expansion = run_measured([sys.executable, "-m", "experiments.expand", *arguments])
+    source = open_checkpoint(experiment.base)
+    specs = block_specs(read_model_config(source.hf_config))
+    epsilon = transport_epsilon("barycentric", experiment.upscale.epsilon)
+    rows = []
+    for gap, name in itertools.product(map(int, _GAPS.value), _MATRICES):
+        hf_name = specs[f"{name}_kernel"].hf_name
+        kernels = [source.read(hf_name.format(layer=gap + i)).astype(np.float32) for i in (0, 1)]
+        rows.append({"gap": gap, "matrix": name, **_solve_both(*kernels, epsilon)})
+    total = {side: sum(row[f"{side}_s"] for row in rows) for side in ("ours", "pot")}
+    show(
+        records_table(rows, "Seconds of a solve, and the 2-norm of its marginal error"),
+        f"speed-up over these gaps: at least {total['pot'] / total['ours']:.1f}",
+        f"whole expansion: {expansion.seconds:.1f} s, peak {expansion.peak_bytes / 2**30:.2f} GiB",
+    )
+    result = {"command": sys.argv, "epsilon_relative": epsilon, "matrices": rows}
+    result |= {"speedup": total["pot"] / total["ours"], "expansion_s": expansion.seconds}
+    result |= {"peak_bytes": expansion.peak_bytes, "versions": software_versions()}
+    write_json(workdir / "benchmark_expand.json", result)
+
+
+if __name__ == "__main__":
+    launch.run(main)
