@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import ot
 from absl import flags
+from ml_collections import config_flags
 
 from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.hf import write_json
@@ -46,7 +47,7 @@ def _solve_both(previous: np.ndarray, next_: np.ndarray, epsilon: float) -> dict
     # POT stops by the 2-norm of the target marginal's error.
     error = float(np.linalg.norm(plan.sum(axis=0) - 1 / n))
     start = time.perf_counter()
-    cost = ot.dist(previous.astype(np.float64), next_.astype(np.float64), metric="euclidean")
+    cost = np.asarray(ot.dist(np.float64(previous), np.float64(next_), metric="euclidean"))
     _, log = ot.bregman.sinkhorn_log(
         np.full(m, 1 / m), np.full(n, 1 / n), cost, reg=epsilon * cost.mean(),
         numItermax=_ITERATIONS.value, stopThr=error, log=True, warn=False,
@@ -59,7 +60,10 @@ def _solve_both(previous: np.ndarray, next_: np.ndarray, epsilon: float) -> dict
 def main() -> None:
     """Measures a whole expansion in a process of its own, then the solvers side by side."""
     experiment, workdir = launch.start(("base", "upscale"))
-    arguments = [f"--config={flags.FLAGS['config'].config_filename}", f"--workdir={workdir}/expand"]
+    arguments = [
+        f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}",
+        f"--workdir={workdir}/expand",
+    ]
     expansion = run_measured([sys.executable, "-m", "experiments.expand", *arguments])
     source = open_checkpoint(experiment.base)
     specs = block_specs(read_model_config(source.hf_config))
@@ -67,17 +71,17 @@ def main() -> None:
     rows = []
     for gap, name in itertools.product(map(int, _GAPS.value), _MATRICES):
         hf_name = specs[f"{name}_kernel"].hf_name
-        kernels = [source.read(hf_name.format(layer=gap + i)).astype(np.float32) for i in (0, 1)]
-        rows.append({"gap": gap, "matrix": name, **_solve_both(*kernels, epsilon)})
-    total = {side: sum(row[f"{side}_s"] for row in rows) for side in ("ours", "pot")}
+        a, b = (source.read(hf_name.format(layer=gap + i)).astype(np.float32) for i in (0, 1))
+        rows.append({"gap": gap, "matrix": name, **_solve_both(a, b, epsilon)})
+    speedup = sum(row["pot_s"] for row in rows) / sum(row["ours_s"] for row in rows)
     show(
         records_table(rows, "Seconds of a solve, and the 2-norm of its marginal error"),
-        f"speed-up over these gaps: at least {total['pot'] / total['ours']:.1f}",
+        f"speed-up over these gaps: at least {speedup:.1f}",
         f"whole expansion: {expansion.seconds:.1f} s, peak {expansion.peak_bytes / 2**30:.2f} GiB",
     )
-    result = {"command": sys.argv, "epsilon_relative": epsilon, "matrices": rows}
-    result |= {"speedup": total["pot"] / total["ours"], "expansion_s": expansion.seconds}
-    result |= {"peak_bytes": expansion.peak_bytes, "versions": software_versions()}
+    result = {"command": sys.argv[1:], "epsilon_relative": epsilon, "speedup": speedup}
+    result |= {"expansion_s": expansion.seconds, "expansion_peak_bytes": expansion.peak_bytes}
+    result |= {"matrices": rows, "versions": software_versions()}
     write_json(workdir / "benchmark_expand.json", result)
 
 

@@ -31,6 +31,7 @@ def main() -> None:
     upscale = experiment.upscale
     layout = resolve_method(upscale).layout
     depth = len(plan_layout(layout, model.num_layers, upscale.num_new_layers, upscale.gaps))
+    probe_BT = probe_tokens(source)
     with tqdm.tqdm(total=depth, desc="expand", unit="layer") as bar:
 
         def on_layer(origin: LayerOrigin) -> None:
@@ -41,7 +42,7 @@ def main() -> None:
             source,
             upscale,
             directory,
-            probe_BT=probe_tokens(source),
+            probe_BT=probe_BT,
             max_shard_bytes=experiment.max_shard_bytes,
             on_layer=on_layer,
         )

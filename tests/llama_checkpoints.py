@@ -117,6 +117,7 @@ def oracle_model(config: Mapping[str, Any], tensors: Tensors) -> transformers.Ll
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if config["tie_word_embeddings"] else []
     assert (missing, unexpected) == (tied, [])
+    model.tie_weights()
     return model.eval()
 
 

@@ -49,14 +49,34 @@ def _load_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _shard_names(directory: Path) -> list[str]:
-    if (directory / INDEX_FILE).exists():
-        weight_map = _load_json(directory / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{directory / INDEX_FILE}: field weight_map is missing or empty")
-        return sorted(set(weight_map.values()))
+def _read_index(directory: Path) -> dict[str, str]:
+    path = directory / INDEX_FILE
+    weight_map = _load_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: field weight_map is missing or empty; fetch it again")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(
+                f"{path}: weight_map gives {file!r} for tensor {tensor}, not the name of a file "
+                "in the same folder; fetch it again"
+            )
+    return weight_map
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], shard_of: Mapping[str, Path]) -> None:
+    for tensor, file in weight_map.items():
+        if tensor not in shard_of or shard_of[tensor].name != file:
+            raise UserError(f"{path}: tensor {tensor} is not in {file}; fetch both again")
+    for tensor, shard in shard_of.items():
+        if tensor not in weight_map:
+            raise UserError(
+                f"{path}: tensor {tensor} of {shard.name} has no entry; fetch the index again"
+            )
+
+
+def _single_file(directory: Path) -> str:
     if (directory / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
+        return SINGLE_FILE
     found = "pickled weights, which are never loaded: " if list(directory.glob("*.bin")) else ""
     raise UserError(
         f"{directory}: {found}no {SINGLE_FILE} and no {INDEX_FILE}; save the model as safetensors"
@@ -100,11 +120,17 @@ def open_hf_directory(directory: Path, name: str) -> CheckpointSource:
     hf_config = _load_json(directory / "config.json")
     shard_of: dict[str, Path] = {}
     tensors: dict[str, TensorInfo] = {}
-    for shard_name in _shard_names(directory):
-        path = directory / shard_name
+    weight_map = _read_index(directory) if (directory / INDEX_FILE).exists() else None
+    files = [_single_file(directory)] if weight_map is None else sorted(set(weight_map.values()))
+    for file in files:
+        path = directory / file
         for tensor, info in _list_shard(path).items():
+            if tensor in shard_of:
+                raise UserError(f"{path}: tensor {tensor} is also in {shard_of[tensor].name}")
             tensors[tensor] = info
             shard_of[tensor] = path
+    if weight_map is not None:
+        _check_index(directory / INDEX_FILE, weight_map, shard_of)
 
     def read(tensor: str) -> np.ndarray:
         with safe_open(shard_of[tensor], framework="np") as shard:

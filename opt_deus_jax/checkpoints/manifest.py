@@ -77,7 +77,8 @@ def parse_manifest(content: Mapping[str, Any], where: str) -> Manifest:
         UserError: It was written by another version of the format or fields are missing.
     """
     fields = {field.name for field in dataclasses.fields(Manifest)}
-    if content.get("format_version") != FORMAT_VERSION or set(content) != fields:
+    is_object = isinstance(content, Mapping)
+    if not is_object or content.get("format_version") != FORMAT_VERSION or set(content) != fields:
         raise UserError(
             f"{where}: not a manifest of format {FORMAT_VERSION}; expand the base again"
         )
@@ -107,6 +108,6 @@ def read_manifest(directory: Path) -> Manifest:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run experiments.expand first") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); expand the base again") from None
     return parse_manifest(content, str(path))

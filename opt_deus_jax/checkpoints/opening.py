@@ -100,8 +100,10 @@ def read_config_only(base: str) -> tuple[dict[str, Any], ModelConfig]:
     if path.suffix == ".json":
         try:
             hf_config = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"config field base={base!r}: cannot be read ({error})") from None
+        if not isinstance(hf_config, dict):
+            raise UserError(f"config field base={base!r}: not a JSON object; fetch it again")
     elif path.is_dir() and not list(path.glob("*.safetensors")):
         return read_config_only(str(path / "config.json"))
     else:

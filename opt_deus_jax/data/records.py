@@ -272,10 +272,11 @@ class _SplitWriter:
         """Drops the incomplete record at the end and makes the file durable."""
         records = max(0, self._written - 1) // self._sequence_length
         if not records:
+            more = " (or raise data.held_out_fraction)" if split == "held_out" else ""
             raise UserError(
-                f"{split} text: {self._documents} documents with {self._written} tokens, one"
-                f" record needs {self._sequence_length + 1}: give more text (raise"
-                " data.held_out_fraction), or lower data.sequence_length"
+                f"config field data.{split}: {self._documents} documents with {self._written}"
+                f" tokens, one record needs {self._sequence_length + 1}; give more text{more}, or"
+                " lower data.sequence_length"
             )
         tokens = records * self._sequence_length
         self._file.truncate((tokens + 1) * self._dtype.itemsize)

@@ -188,6 +188,11 @@ def read_model_config(hf_config: Mapping[str, Any], where: str = "config.json") 
     num_heads = hf_config["num_attention_heads"]
     num_kv_heads = hf_config.get("num_key_value_heads") or num_heads
     head_dim = hf_config.get("head_dim") or hf_config["hidden_size"] // num_heads
+    if not hf_config.get("head_dim") and hf_config["hidden_size"] % num_heads:
+        raise UserError(
+            f"{where}: hidden_size={hf_config['hidden_size']} is not a multiple of "
+            f"num_attention_heads={num_heads}; add head_dim"
+        )
     if num_heads % num_kv_heads:
         raise UserError(
             f"{where}: num_attention_heads={num_heads} is not a multiple of "

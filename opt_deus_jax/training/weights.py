@@ -221,5 +221,5 @@ def parameter_hash(tree: Any) -> str:
     for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
         array = np.asarray(leaf, order="C")
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

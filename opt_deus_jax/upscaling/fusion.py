@@ -133,7 +133,8 @@ def _transport(
     for name in ("query", "key", "value", "output"):
         fuse(name, a[f"{name}_kernel"])
     output_map = maps["output"]
-    norm_a = (a["post_attention_norm"] @ output_map + a["post_attention_norm"]) / 2
+    moved_norm = _move_columns(a["post_attention_norm"][None], output_map)[0]
+    norm_a = (moved_norm + a["post_attention_norm"]) / 2
     fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
     for name in ("gate", "up"):
         fuse(name, _move_columns(a[f"{name}_kernel"], output_map))
@@ -146,7 +147,7 @@ def _transport(
 
 def _random_block(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
-    block = {}
+    block: dict[str, np.ndarray] = {}
     for name, spec in block_specs(config).items():
         if spec.init == "normal":
             block[name] = generator.normal(0.0, 0.02, spec.shape).astype(np.float32)

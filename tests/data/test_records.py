@@ -226,9 +226,9 @@ def test_folder_that_cannot_be_made(tmp_path: Path, corpus: Path):
         ({"held_out_fraction": 1.0}, "data.held_out_fraction=1.0"),
         (
             {"sequence_length": 5000},
-            "held_out text: [0-9]+ documents with .* one record needs 5001",
+            "data.held_out: [0-9]+ documents with .* one record needs 5001",
         ),
-        ({"held_out_fraction": 1e-9}, "held_out text: 0 documents with 0 tokens"),
+        ({"held_out_fraction": 1e-9}, "data.held_out: 0 documents with 0 tokens"),
     ],
 )
 def test_unusable_settings(tmp_path: Path, corpus: Path, fields: dict, message: str):
@@ -243,7 +243,7 @@ def test_held_out_text_that_is_the_training_text(tmp_path: Path, corpus: Path):
 
 def test_empty_corpus(tmp_path: Path):
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(UserError, match="train text: 0 documents with 0 tokens"):
+    with pytest.raises(UserError, match="data.train: 0 documents with 0 tokens"):
         prepare(tmp_path / "records", make_config(tmp_path / "empty.jsonl"))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from opt_deus_jax.checkpoints.tokenizer import load_tokenizer
@@ -81,16 +82,14 @@ def real_tokens():
 
 def test_smollm2_equals_transformers_on_256_real_tokens():
     source = smollm2()
-    with transformers.initialization.no_init_weights():
+    with no_init_weights():
         model = oracle_model(source.hf_config, {n: source.read(n) for n in source.tensors})
     expected = oracle_logits(model, real_tokens())
     ours = streamed_logits(source, real_tokens())
     assert ours.shape == (1, 256, 49152)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-4)
     # The weights are those of a language model, not noise.
-    surprise = -np.asarray(jax.nn.log_softmax(ours[0, :-1]))[
-        np.arange(255), real_tokens()[0, 1:]
-    ]
+    surprise = -np.asarray(jax.nn.log_softmax(ours[0, :-1]))[np.arange(255), real_tokens()[0, 1:]]
     assert surprise.mean() < 4
 
 
@@ -136,10 +135,15 @@ def test_bfloat16_is_near_float32_and_remat_changes_nothing():
 
 def test_init_draws_each_parameter_as_its_spec_says():
     config = read_model_config(
-        hf_config(hidden_size=64, intermediate_size=256, attention_bias=True,
-                  tie_word_embeddings=False, initializer_range=0.05)  # fmt: skip
+        hf_config(
+            hidden_size=64,
+            intermediate_size=256,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            initializer_range=0.05,
+        )  # fmt: skip
     )
-    params = language_model.init_params(config, jax.random.key(0))
+    params = jax.jit(lambda key: language_model.init_params(config, key))(jax.random.key(0))
     [[stacked]] = params.pop("segments")
     assert stacked.keys() == block_specs(config).keys()
     assert params.keys() == outer_specs(config).keys()

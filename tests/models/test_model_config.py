@@ -21,7 +21,7 @@ from tests.llama_checkpoints import LLAMA3_ROPE, hf_config
 def test_both_styles_of_rope_fields_mean_the_same(scaling, expected):
     old = hf_config(rope_theta=500000.0, rope_scaling=scaling)
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling")}
-    new_scaling = dict(scaling or {"rope_type": "default"})
+    new_scaling: dict = dict(scaling or {"rope_type": "default"})
     new_scaling["rope_type"] = new_scaling.pop("type", new_scaling.get("rope_type"))
     new["rope_parameters"] = new_scaling | {"rope_theta": 500000.0}
     assert read_model_config(old).rope == expected
@@ -71,7 +71,7 @@ def test_absent_fields_take_transformers_defaults():
         ({"quantization_config": {"bits": 4}}, "field quantization_config="),
         ({"qk_norm": True}, "unknown field qk_norm=True"),
         ({"layer_types": ["full_attention"]}, "unknown field layer_types="),
-        ({"num_attention_heads": 3}, "num_attention_heads=3 is not a multiple of num_key_value"),
+        ({"num_attention_heads": 1}, "num_attention_heads=1 is not a multiple of num_key_value"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"vocab_size": 0}, "field vocab_size=0 must be a positive integer"),

@@ -150,7 +150,8 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(
         file.write('{"step": 30, "lo')
     result = run(tmp_path)
     workdir, expected = uninterrupted
-    assert 8 <= result.resumed_from < STEPS
+    # The save of step 8 may not have ended; that of step 4 had, before the next began.
+    assert 4 <= result.resumed_from < STEPS
     assert parameter_hash(result.state) == parameter_hash(expected.state)
     assert result.held_out_losses == expected.held_out_losses
     without_speed = [
