@@ -30,8 +30,8 @@ def init_block(config: ModelConfig, key: Array) -> BlockParams:
     """Draws the parameters of one block, float32."""
     x_BTD = jnp.zeros((1, 1, config.width))
     positions = jnp.zeros((1, 1), jnp.int32)
-    variables = DecoderBlock(config).init(key, x_BTD, causal_inputs(config, positions))
-    return dict(variables["params"])
+    variables: Any = DecoderBlock(config).init(key, x_BTD, causal_inputs(config, positions))
+    return variables["params"]
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:

@@ -192,6 +192,7 @@ def fuse_blocks(
         ValueError: `weights` is not one of the names above.
     """
     fused = Fused({}, (), {})
+    block: dict[str, np.ndarray]
     if weights == "transport":
         fused = _transport(
             previous, next_, transport=transport, epsilon=epsilon, zero_init=zero_init
