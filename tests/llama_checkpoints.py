@@ -110,7 +110,7 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
-def oracle_model(config: Mapping[str, Any], tensors: Tensors) -> transformers.LlamaForCausalLM:
+def oracle_model(config: Mapping[str, Any], tensors: Tensors) -> Any:
     """transformers' model with the given weights, float32."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     state = {name: to_torch(array).float() for name, array in tensors.items()}
@@ -126,11 +126,12 @@ def oracle_logits(model: Any, tokens_BT: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(np.asarray(tokens_BT, np.int64))).logits.float().numpy()
 
 
-def load_directory(directory: Path) -> transformers.LlamaForCausalLM:
+def load_directory(directory: Path) -> Any:
     """The directory as transformers loads it, float32, nothing missing and nothing left over."""
-    model, info = transformers.LlamaForCausalLM.from_pretrained(
+    loaded: Any = transformers.LlamaForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
+    model, info = loaded
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tqdm import tqdm
 
 from opt_deus_jax.checkpoints import orbax
@@ -18,13 +19,14 @@ from opt_deus_jax.data.loader import held_out_batches, training_dataset
 from opt_deus_jax.data.records import Records
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import Params
-from opt_deus_jax.models.model_config import read_model_config
-from opt_deus_jax.training.metrics import StepMonitor, open_metrics
+from opt_deus_jax.models.model_config import ModelConfig, read_model_config
+from opt_deus_jax.training.metrics import StepMonitor, WriteMetrics, open_metrics
 from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from opt_deus_jax.training.segments import invert_mask, plan_segments, trained_mask
+from opt_deus_jax.training.segments import Segment, invert_mask, plan_segments, trained_mask
 from opt_deus_jax.training.step import (
     Evaluate,
     TrainState,
+    TrainStep,
     initial_state,
     make_evaluation_loss,
     make_train_step,
@@ -99,63 +101,100 @@ def train(
     """
     training = experiment.training
     _check(training)
-    config = read_model_config(source.hf_config, source.name)
-    segments = plan_segments(trained_by_depth)
-    mask = trained_mask(config, segments, trained)
-    schedule = learning_rate_schedule(experiment.optimizer, training.steps)
-    optimizer = make_optimizer(experiment.optimizer, schedule)
-    train_step = make_train_step(config, training, optimizer, schedule)
-    evaluate = make_evaluation_loss(config, training)
-    seed, batch_size = experiment.data.seed, training.batch_size
-    batches = training_dataset(train_records, batch_size=batch_size, seed=seed)
-    settings = _settings(experiment, dataclasses.asdict(config), trained_by_depth, trained)
+    program = _program(experiment, source, trained_by_depth, trained)
+    batches = training_dataset(
+        train_records, batch_size=training.batch_size, seed=experiment.data.seed
+    )
+    settings = _settings(experiment, program.config, trained_by_depth, trained)
     settings |= {f"fingerprint of the {name}": value for name, value in fingerprints.items()}
+    # Put by name: what is not on a named device is compiled for once more in a resumed run.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    load = functools.partial(load_params, source, config, segments, sharding=device)
-
+    load = functools.partial(load_params, source, program.config, program.segments, sharding=device)
     with orbax.open_checkpointer(
         workdir / "checkpoints",
         save_every=training.checkpoint_every,
         last_step=training.steps,
         keep=training.keep_checkpoints,
     ) as checkpointer:
-        trainable = load(dtype=jnp.dtype("float32"), wanted=mask)
-        # Everything is put on its device by name: what is not would be compiled for once more
-        # after the first step of a resumed run.
-        state = jax.device_put(initial_state(trainable, optimizer), device)
-        state, start, losses = _resume(checkpointer, state, batches, settings)
-        if start == training.steps:
-            tqdm.write(f"{workdir}: training is already finished, all {start} steps are made")
-            return TrainingResult(state, losses, start, start)
-        frozen = load(dtype=jnp.dtype(training.frozen_dtype), wanted=invert_mask(mask))
+        trainable = load(dtype=jnp.dtype("float32"), wanted=program.mask)
+        state = jax.device_put(initial_state(trainable, program.optimizer), device)
+        progress = _resume(checkpointer, state, batches, settings)
+        if progress.last_step == training.steps:
+            tqdm.write(f"training is already finished, all {training.steps} steps are made")
+            return progress
+        frozen = load(dtype=jnp.dtype(training.frozen_dtype), wanted=invert_mask(program.mask))
+        run = _Run(training, program, checkpointer, batches, frozen, held_out_records, settings)
+        with open_metrics(workdir, last_step=progress.last_step or -1) as write:
+            return _make_steps(run, progress, write)
 
-        with open_metrics(workdir, last_step=start or -1) as write, _bar(start, training) as bar:
-            monitor = StepMonitor(
-                write,
-                bar,
-                tokens_per_step=batch_size * train_records.sequence_length,
-                log_every=training.log_every,
-                latest_checkpoint=lambda: orbax.latest_step(checkpointer),
-            )
-            for step in range(start, training.steps + 1):
-                if step > start:
-                    batch = next(batches)
-                    tokens_BL = jax.device_put(batch["tokens"], device)
-                    state, metrics = train_step(state, frozen, tokens_BL)
-                    monitor.observe(step, batch["record"], metrics)
-                if _is_evaluated(step, training) and step not in dict(losses):
-                    monitor.flush()
-                    loss = held_out_loss(
-                        evaluate, state.trainable, frozen, held_out_records, training
-                    )
-                    losses = (*losses, (step, loss))
-                    monitor.report_held_out(step, loss)
-                if step > start and checkpointer.should_save(step):
-                    # Only what is known to be finite is saved.
-                    monitor.flush()
-                    metadata = {"settings": settings, "held_out_losses": losses}
-                    orbax.save(checkpointer, step, _saved_trees(state), batches, metadata)
-    return TrainingResult(state, losses, start, training.steps)
+
+class _Program(NamedTuple):
+    config: ModelConfig
+    segments: tuple[Segment, ...]
+    mask: Any
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    evaluate: Evaluate
+
+
+class _Run(NamedTuple):
+    training: TrainingConfig
+    program: _Program
+    checkpointer: orbax.Checkpointer
+    batches: Any
+    frozen: Params
+    held_out_records: Records
+    settings: dict[str, Any]
+
+
+def _program(
+    experiment: Experiment, source: CheckpointSource, trained_by_depth: Sequence[bool], trained: str
+) -> _Program:
+    config = read_model_config(source.hf_config, source.name)
+    segments = plan_segments(trained_by_depth)
+    schedule = learning_rate_schedule(experiment.optimizer, experiment.training.steps)
+    optimizer = make_optimizer(experiment.optimizer, schedule)
+    return _Program(
+        config,
+        segments,
+        trained_mask(config, segments, trained),
+        optimizer,
+        make_train_step(config, experiment.training, optimizer, schedule),
+        make_evaluation_loss(config, experiment.training),
+    )
+
+
+def _make_steps(run: _Run, progress: TrainingResult, write: WriteMetrics) -> TrainingResult:
+    training, program, start = run.training, run.program, progress.last_step
+    state, losses = progress.state, progress.held_out_losses
+    device = state.step.sharding
+    with tqdm(desc="steps", initial=start, total=training.steps, disable=None) as bar:
+        monitor = StepMonitor(
+            write,
+            bar,
+            tokens_per_step=training.batch_size * run.held_out_records.sequence_length,
+            log_every=training.log_every,
+            latest_checkpoint=lambda: orbax.latest_step(run.checkpointer),
+        )
+        for step in range(start, training.steps + 1):
+            if step > start:
+                batch = next(run.batches)
+                tokens_BL = jax.device_put(batch["tokens"], device)
+                state, metrics = program.train_step(state, run.frozen, tokens_BL)
+                monitor.observe(step, batch["record"], metrics)
+            if _is_evaluated(step, training) and step not in dict(losses):
+                monitor.flush()
+                loss = held_out_loss(
+                    program.evaluate, state.trainable, run.frozen, run.held_out_records, training
+                )
+                losses = (*losses, (step, loss))
+                monitor.report_held_out(step, loss)
+            if step > start and run.checkpointer.should_save(step):
+                # Only what is known to be finite is saved.
+                monitor.flush()
+                metadata = {"settings": run.settings, "held_out_losses": losses}
+                orbax.save(run.checkpointer, step, _saved_trees(state), run.batches, metadata)
+    return TrainingResult(state, losses, progress.resumed_from, training.steps)
 
 
 def held_out_loss(
@@ -191,25 +230,18 @@ def _saved_trees(state: TrainState) -> dict[str, Any]:
 
 
 def _resume(
-    checkpointer: orbax.Checkpointer,
-    state: TrainState,
-    batches: Any,
-    settings: dict[str, Any],
-) -> tuple[TrainState, int, tuple[tuple[int, float], ...]]:
-    """The latest state, its step and the held-out losses up to it; the given state at step 0."""
+    checkpointer: orbax.Checkpointer, state: TrainState, batches: Any, settings: dict[str, Any]
+) -> TrainingResult:
+    """What the latest checkpoint holds; the given state where there is none."""
     step = orbax.latest_step(checkpointer)
     if step is None:
-        return state, 0, ()
+        return TrainingResult(state, (), 0, 0)
     metadata = orbax.load_metadata(checkpointer, step)
     _refuse_other(metadata["settings"], settings, Path(checkpointer.directory) / str(step))
     counter = jax.device_put(np.asarray(step, np.int32), state.step.sharding)
     trees = orbax.restore(checkpointer, step, _saved_trees(state), batches)
     losses = tuple((step, loss) for step, loss in metadata["held_out_losses"])
-    return TrainState(counter, **trees), step, losses
-
-
-def _bar(start: int, training: TrainingConfig) -> tqdm:
-    return tqdm(desc="steps", initial=start, total=training.steps, disable=None)
+    return TrainingResult(TrainState(counter, **trees), losses, step, step)
 
 
 def _is_evaluated(step: int, training: TrainingConfig) -> bool:
@@ -236,13 +268,13 @@ def _check(training: TrainingConfig) -> None:
 
 
 def _settings(
-    experiment: Experiment, model: dict[str, Any], trained_by_depth: Sequence[bool], trained: str
+    experiment: Experiment, model: ModelConfig, trained_by_depth: Sequence[bool], trained: str
 ) -> dict[str, Any]:
     """Everything that a checkpoint depends on, flat, by the names that users know."""
     parts = {
         "optimizer": dataclasses.asdict(experiment.optimizer),
         "training": dataclasses.asdict(experiment.training),
-        "model": model,
+        "model": dataclasses.asdict(model),
     }
     settings = {f"{part}.{name}": v for part, values in parts.items() for name, v in values.items()}
     settings["data.seed"] = experiment.data.seed

@@ -110,7 +110,8 @@ def test_segments_of_several_patterns_are_the_same_network():
 
 def test_bfloat16_is_near_float32_and_remat_changes_nothing():
     config = hf_config(num_hidden_layers=3)
-    params, tokens_BT = params_of(source_of(config, random_tensors(config))), tokens()
+    params = params_of(source_of(config, random_tensors(config)))
+    tokens_BT = jnp.asarray(tokens())
     shape = read_model_config(config)
     exact = full_logits(params, tokens_BT, config=shape, dtype=jnp.float32)
     rough = full_logits(params, tokens_BT, config=shape, dtype=jnp.bfloat16)
