@@ -16,6 +16,8 @@ from opt_deus_jax.models.params import named_tensors
 
 # Buffers that old checkpoints carry; they follow from config.json.
 _DERIVED_SUFFIX = ".self_attn.rotary_emb.inv_freq"
+# Some tools store the embedding twice; the copy is dropped when it is one.
+_TIED_HEAD = "lm_head.weight"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
 
 
@@ -57,10 +59,22 @@ def open_checkpoint(base: str) -> CheckpointSource:
     return _checked(source)
 
 
+def _check_tied_head(source: CheckpointSource) -> None:
+    embedding, head = (source.read(name) for name in ("model.embed_tokens.weight", _TIED_HEAD))
+    if embedding.tobytes() != head.tobytes():
+        raise UserError(
+            f"{source.name}: config.json ties the head to the embedding, but tensor {_TIED_HEAD} "
+            "differs from it; set tie_word_embeddings to false"
+        )
+
+
 def _checked(source: CheckpointSource) -> CheckpointSource:
     config = read_model_config(source.hf_config, f"{source.name}: config.json")
     expected = dict(named_tensors(config, config.num_layers))
     tensors = {k: v for k, v in source.tensors.items() if not k.endswith(_DERIVED_SUFFIX)}
+    if config.tied_embeddings and _TIED_HEAD in tensors:
+        _check_tied_head(source)
+        del tensors[_TIED_HEAD]
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     if missing or extra:

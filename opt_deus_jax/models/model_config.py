@@ -118,7 +118,10 @@ class ModelConfig:
 
 def _read_rope(hf_config: Mapping[str, Any], where: str) -> RopeConfig:
     # transformers 5 writes one `rope_parameters`; before it, `rope_theta` and `rope_scaling`.
-    fields = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
+    given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: field rope_scaling={given!r} must be an object or null")
+    fields = dict(given)
     theta = fields.pop("rope_theta", hf_config.get("rope_theta", 10000.0))
     kind = fields.pop("rope_type", fields.pop("type", "default"))
     fields.pop("type", None)
@@ -127,6 +130,8 @@ def _read_rope(hf_config: Mapping[str, Any], where: str) -> RopeConfig:
             f"{where}: rope type {kind!r} is not supported; use a checkpoint with one of "
             f"{', '.join(_ROPE_KEYS)}"
         )
+    if not all(_is_number(value) for value in (theta, *fields.values())):
+        raise UserError(f"{where}: rope_theta={theta!r} and {fields} must be numbers")
     if set(fields) != _ROPE_KEYS[kind]:
         raise UserError(
             f"{where}: rope type {kind!r} needs exactly the fields {sorted(_ROPE_KEYS[kind])}, "
@@ -140,6 +145,10 @@ def _read_rope(hf_config: Mapping[str, Any], where: str) -> RopeConfig:
         high_frequency_factor=float(fields.get("high_freq_factor", 1.0)),
         original_max_positions=int(fields.get("original_max_position_embeddings", 0)),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _refuse_unknown(hf_config: Mapping[str, Any], where: str) -> None:
@@ -162,29 +171,20 @@ def _refuse_unknown(hf_config: Mapping[str, Any], where: str) -> None:
             )
 
 
-def read_model_config(hf_config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """Translates a Hugging Face config of the Llama architecture.
-
-    Every field is honoured, known not to matter, or refused by name.
-
-    Args:
-        hf_config: The content of config.json.
-        where: What error messages call it.
-
-    Returns:
-        The hyper-parameters.
-
-    Raises:
-        UserError: Another architecture, an unknown field or rope type, or sizes that contradict
-            each other.
-    """
-    _refuse_unknown(hf_config, where)
+def _read_sizes(hf_config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """Heads, KV heads and head size, once every number in the config is known to be sound."""
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     for key in (*needed, "num_attention_heads"):
         if not isinstance(hf_config.get(key), int) or hf_config[key] < 1:
             raise UserError(
                 f"{where}: field {key}={hf_config.get(key)!r} must be a positive integer"
             )
+    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if not isinstance(hf_config.get(key), int | None):
+            raise UserError(f"{where}: field {key}={hf_config[key]!r} must be an integer")
+    for key in ("rms_norm_eps", "initializer_range"):
+        if not _is_number(hf_config.get(key, 1.0)):
+            raise UserError(f"{where}: field {key}={hf_config[key]!r} must be a number")
     num_heads = hf_config["num_attention_heads"]
     num_kv_heads = hf_config.get("num_key_value_heads") or num_heads
     head_dim = hf_config.get("head_dim") or hf_config["hidden_size"] // num_heads
@@ -203,6 +203,27 @@ def read_model_config(hf_config: Mapping[str, Any], where: str = "config.json") 
     epsilon = float(hf_config.get("rms_norm_eps", 1e-6))
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise UserError(f"{where}: field rms_norm_eps={epsilon!r} must be positive")
+    return num_heads, num_kv_heads, head_dim
+
+
+def read_model_config(hf_config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """Translates a Hugging Face config of the Llama architecture.
+
+    Every field is honoured, known not to matter, or refused by name.
+
+    Args:
+        hf_config: The content of config.json.
+        where: What error messages call it.
+
+    Returns:
+        The hyper-parameters.
+
+    Raises:
+        UserError: Another architecture, an unknown field or rope type, or sizes that contradict
+            each other.
+    """
+    _refuse_unknown(hf_config, where)
+    num_heads, num_kv_heads, head_dim = _read_sizes(hf_config, where)
     return ModelConfig(
         vocabulary_size=hf_config["vocab_size"],
         width=hf_config["hidden_size"],
@@ -212,7 +233,7 @@ def read_model_config(hf_config: Mapping[str, Any], where: str = "config.json") 
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_positions=int(hf_config.get("max_position_embeddings", 2048)),
-        norm_epsilon=epsilon,
+        norm_epsilon=float(hf_config.get("rms_norm_eps", 1e-6)),
         rope=_read_rope(hf_config, where),
         tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
         attention_bias=bool(hf_config.get("attention_bias", False)),

@@ -89,8 +89,7 @@ def train(
         train_records: Training records.
         held_out_records: Held-out records.
         workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
-        fingerprints: What tells this model and these records from others, each by a name that
-            users understand; checkpoints of others are refused.
+        fingerprints: Names and hashes of the model and the records; others' are refused.
 
     Returns:
         The last state and the held-out losses.

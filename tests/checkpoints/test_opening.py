@@ -33,6 +33,17 @@ def test_buffers_of_old_checkpoints_are_left_out(tmp_path):
     assert open_checkpoint(str(tmp_path / "base")).tensors.keys() == tensors.keys()
 
 
+def test_an_equal_copy_of_a_tied_head_is_dropped_and_another_head_refused(tmp_path):
+    tensors = random_tensors(CONFIG)
+    copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+    write_directory(tmp_path / "copy", CONFIG, tensors | copy)
+    assert open_checkpoint(str(tmp_path / "copy")).tensors.keys() == tensors.keys()
+    copy["lm_head.weight"][0, 0] += 1
+    write_directory(tmp_path / "other", CONFIG, tensors | copy)
+    with pytest.raises(UserError, match="lm_head.weight differs .* tie_word_embeddings"):
+        open_checkpoint(str(tmp_path / "other"))
+
+
 def changed_tensors(change):
     tensors = random_tensors(CONFIG)
     change(tensors)

@@ -58,6 +58,10 @@ def test_absent_fields_take_transformers_defaults():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rope_theta": None}, "rope_theta=None"),
+        ({"rope_scaling": "llama3"}, "rope_scaling='llama3' must be an object"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads='2' must be an integer"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small' must be a number"),
         ({"model_type": "qwen2"}, "architecture model_type='qwen2'"),
         ({"model_type": None}, "architecture model_type=None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
