@@ -2,7 +2,7 @@ r"""Times the transport of an expansion against POT's log-domain Sinkhorn, and w
 
 python -m experiments.benchmark_expand --config=configs/smollm2_135m.py --workdir=runs/benchmark
 Both solve the raw kernels of --gaps at one epsilon, POT in float64 until its marginal error is ours
-or --pot_iterations are made (its time is then a lower bound, and marked so). Needs the extra `test`.
+or --pot_iterations are made (its time is then a lower bound, and marked so). Needs extra `test`.
 """
 
 import functools

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -246,3 +247,47 @@ def test_every_part_of_the_config_is_recorded(workdir: Path) -> None:
     recorded = json.loads((workdir / "config.json").read_text())
     fields = {field.name for field in dataclasses.fields(Experiment)}
     assert set(recorded) == fields - {"max_shard_bytes"}
+
+
+def test_benchmark_measures_both_solvers(flags: list[str], tmp_path: Path) -> None:
+    arguments = (*flags[:-1], f"--workdir={tmp_path}", "--gaps=1", "--pot_iterations=50")
+    assert "speed-up" in _succeed("benchmark_expand", *arguments)
+    result = json.loads((tmp_path / "benchmark_expand.json").read_text())
+    assert len(result["matrices"]) == 6
+    for row in result["matrices"]:
+        assert row["lower_bound"] == (row["pot_error"] > row["ours_error"])
+        assert row["pot_s"] > 0
+        assert row["ours_s"] > 0
+
+
+def test_readme_names_launchers_fields_and_variants_that_exist() -> None:
+    text = (_ROOT / "README.md").read_text() + (_ROOT / "BUILD.md").read_text()
+    launchers = set(re.findall(r"experiments\.(\w+)", text))
+    assert {"plan", "expand", "prepare_data", "train", "export", "sample"} <= launchers
+    for launcher in launchers:
+        assert (_ROOT / "experiments" / f"{launcher}.py").exists(), launcher
+    for path in re.findall(r"(configs/[a-z]\w+\.py)", text):
+        assert (_ROOT / path).exists(), path
+    for dotted in re.findall(r"--config\.([a-z_][\w.]*)", text):
+        holder: object = Experiment()
+        for name in dotted.split("."):
+            holder = getattr(holder, name)
+
+
+def test_demo_runs_every_stage(base: Path, text: Path, tmp_path: Path) -> None:
+    overrides = {
+        "base": base,
+        "upscale.num_new_layers": 2,
+        "data.train": text,
+        "data.held_out_fraction": 0.3,
+        "data.sequence_length": 16,
+        "training.steps": 16,
+        "training.evaluate_every": 8,
+    }
+    arguments = [f"--set=--config.{field}={value}" for field, value in overrides.items()]
+    shown = _succeed("demo", f"--workdir={tmp_path / 'demo'}", *arguments)
+    for launcher in ("plan", "expand", "prepare_data", "train", "export", "sample"):
+        assert f"$ python -m experiments.{launcher}" in shown
+    assert "bit for bit" in shown
+    assert "after 16 steps" in shown
+    assert (tmp_path / "demo/exported/model.safetensors").exists()
