@@ -5,9 +5,6 @@ python -m experiments.plan --config=configs/llama3_8b.py
 
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
 from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.opening import read_config_only
 from opt_deus_jax.models.accounting import count_costs
@@ -15,10 +12,7 @@ from opt_deus_jax.reporting.tables import costs_table, layer_table, show
 from opt_deus_jax.upscaling.layout import plan_layout
 from opt_deus_jax.upscaling.methods import resolve_method
 
-config_flags.DEFINE_config_file(
-    "config", None, "configs/NAME.py[:variant]; fields: --config.upscale.method=... and so on."
-)
-flags.mark_flags_as_required(["config"])
+launch.define_flags(needs_workdir=False)
 
 
 def main() -> None:

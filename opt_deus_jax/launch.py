@@ -15,13 +15,23 @@ from opt_deus_jax.errors import UserError
 CONFIG_FILE = "config.json"
 
 
-def define_flags() -> None:
-    """Defines `--config` and `--workdir`."""
+def define_flags(*, needs_workdir: bool = True) -> None:
+    """Defines `--config` and, where results are written, `--workdir`; both show in `--help`.
+
+    Args:
+        needs_workdir: Whether the launcher writes anything.
+    """
     config_flags.DEFINE_config_file(
         "config", None, "configs/NAME.py[:variant]; fields: --config.upscale.method=... and so on."
     )
-    flags.DEFINE_string("workdir", None, "Folder of the experiment; everything is written in it.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    names = ["config"]
+    if needs_workdir:
+        flags.DEFINE_string("workdir", None, "Folder of the experiment; all is written in it.")
+        names.append("workdir")
+    flags.mark_flags_as_required(names)
+    for name in names:
+        # absl's --help shows the flags of the main module, which it knows as argv[0].
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def _fail(message: str) -> None:

@@ -134,6 +134,16 @@ def test_plan_shows_layout_and_costs(flags: list[str]) -> None:
     assert f"{parameters:,}" in shown
 
 
+@pytest.mark.parametrize(
+    ("launcher", "flag"),
+    [("plan", "--config"), ("expand", "--workdir"), ("train", "--config"), ("sample", "--top_p")],
+)
+def test_help_explains_and_lists_the_flags(launcher: str, flag: str) -> None:
+    result = _launch(launcher, "--help")
+    assert f"python -m experiments.{launcher}" in result.stdout
+    assert flag in result.stdout
+
+
 def test_work_directory_holds_what_the_design_says(workdir: Path) -> None:
     for name in (
         "config.json",
