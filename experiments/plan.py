@@ -1,6 +1,6 @@
 r"""Shows what an expansion would make, without touching weights.
 
-python -m experiments.plan --config=configs/llama3_8b.py
+python -m experiments.plan --config=configs/llama3.py:8b_shape
 """
 
 from pathlib import Path

@@ -135,6 +135,18 @@ def test_plan_shows_layout_and_costs(flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("variant", "parameters"),
+    [("1b_shape", "1,722,386,432"), ("8b_shape", "11,520,053,248")],
+)
+def test_plan_of_the_published_models_needs_no_weights(variant: str, parameters: str) -> None:
+    assert parameters in _succeed("plan", f"--config=configs/llama3.py:{variant}")
+
+
+def test_unknown_variant_of_a_config_is_refused() -> None:
+    assert "1b_shape" in _fail("plan", "--config=configs/llama3.py:2b")
+
+
+@pytest.mark.parametrize(
     ("launcher", "flag"),
     [("plan", "--config"), ("expand", "--workdir"), ("train", "--config"), ("sample", "--top_p")],
 )
