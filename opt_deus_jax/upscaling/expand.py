@@ -122,6 +122,16 @@ def _fuse_layer(
     )
 
 
+def _check_converged(depth: int, reports: tuple[MatrixReport, ...]) -> None:
+    for matrix in reports:
+        if not matrix.converged:
+            raise UserError(
+                f"new layer {depth}: transport of {matrix.name} did not converge in "
+                f"{matrix.iterations} iterations (marginal error {matrix.marginal_error:.1e}); "
+                "raise upscale.epsilon or set upscale.transport=assignment"
+            )
+
+
 class _Reader:
     """Makes each tensor of the grown model in the order in which it is written."""
 
@@ -159,6 +169,7 @@ class _Reader:
 
     def _fuse(self, origin: LayerOrigin) -> None:
         fused = _fuse_layer(self.source, self.plan, origin, self.upper)
+        _check_converged(origin.depth, fused.reports)
         self.reports[origin.depth] = fused.reports
         if not self.sample_maps:
             self.sample_maps = fused.maps

@@ -193,3 +193,9 @@ def test_one_changed_bit_is_not_identical():
     assert not report.bit_identical
     assert 0 < report.max_difference < 1e-5
     assert report.tokens == tokens().size
+
+
+def test_a_plan_that_does_not_converge(tmp_path):
+    # So little entropy that 20,000 iterations do not reach the marginals in float32.
+    message = "new layer 4: transport of .* did not converge .* raise upscale.epsilon"
+    assert_refused(tmp_path, message, method="opt_deus", epsilon=1e-6)
