@@ -9,7 +9,7 @@ import tqdm
 from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.models.model_config import read_model_config
-from opt_deus_jax.reporting.plots import plot_diagnostics
+from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
 from opt_deus_jax.reporting.tables import diagnostics_table, identity_line, show
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
@@ -45,11 +45,10 @@ def main() -> None:
             probe_BT=probe_BT,
             max_shard_bytes=experiment.max_shard_bytes,
             on_layer=on_layer,
+            draw=plot_diagnostics,
         )
-    if expansion.sample_maps:
-        picture = directory / "diagnostics.png"
-        plot_diagnostics(picture, expansion.sample_maps, expansion.reports)
-        show(diagnostics_table(expansion.reports), f"picture: {picture}")
+    if (directory / PICTURE).exists():
+        show(diagnostics_table(expansion.reports), f"picture: {directory / PICTURE}")
     show(identity_line(expansion.identity), f"grown model: {directory}")
 
 

@@ -14,6 +14,7 @@ from opt_deus_jax.transport.diagnostics import MatrixReport
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PICTURE = "diagnostics.png"
 _LOOK: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -39,12 +40,12 @@ def _pooled(matrix_MN: np.ndarray, size: int) -> np.ndarray:
 
 
 def plot_diagnostics(
-    path: Path, maps: Mapping[str, np.ndarray], reports: Mapping[int, Sequence[MatrixReport]]
+    directory: Path, maps: Mapping[str, np.ndarray], reports: Mapping[int, Sequence[MatrixReport]]
 ) -> None:
     """Draws transport maps of the first new layer and the reports of all of them.
 
     Args:
-        path: The PNG to write.
+        directory: Gets `diagnostics.png`.
         maps: Transport maps [m, n] by matrix, of the first fused layer.
         reports: Reports by depth.
     """
@@ -75,7 +76,7 @@ def plot_diagnostics(
             f"Transport of A's neurons onto B's, {len(reports)} new layers "
             "(bars: mean, dots: layers)"
         )
-        _save(figure, path)
+        _save(figure, directory / PICTURE)
 
 
 def _draw_map(axis, map_MN: np.ndarray, match: np.ndarray, title: str) -> None:

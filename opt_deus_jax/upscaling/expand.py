@@ -28,6 +28,8 @@ from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
 from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
 from opt_deus_jax.upscaling.methods import Method, resolve_method
 
+Draw = Callable[[Path, dict[str, np.ndarray], dict[int, tuple[MatrixReport, ...]]], None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Expansion:
@@ -37,14 +39,12 @@ class Expansion:
         directory: The Hugging Face folder of the grown model.
         manifest: Its manifest.
         reports: For each fused layer, by depth, the report of each transported matrix.
-        sample_maps: The transport maps of the first fused layer, by matrix, for pictures.
         identity: The distance from the base.
     """
 
     directory: Path
     manifest: Manifest
     reports: dict[int, tuple[MatrixReport, ...]]
-    sample_maps: dict[str, np.ndarray]
     identity: IdentityReport
 
 
@@ -223,6 +223,7 @@ def expand_checkpoint(
     probe_BT: Int[np.ndarray, "b t"],
     max_shard_bytes: int,
     on_layer: Callable[[LayerOrigin], None] = lambda origin: None,
+    draw: Draw = lambda directory, maps, reports: None,
 ) -> Expansion:
     """Writes the grown model and proves what it computes.
 
@@ -236,6 +237,8 @@ def expand_checkpoint(
         probe_BT: Token ids on which the grown model is run against its base.
         max_shard_bytes: Size above which safetensors are split.
         on_layer: Called before each layer is made, for progress.
+        draw: Called, where anything was transported, with the unfinished folder, the transport
+            maps of the first new layer by matrix and all reports by depth, to leave a picture.
 
     Returns:
         The manifest, the reports, and the distance from the base.
@@ -266,13 +269,15 @@ def expand_checkpoint(
                 f"{identity.max_difference:.3g}); nothing was written, please report this"
             )
         (partial / "README.md").write_text(_model_card(source.name, plan, identity))
+        if reader.sample_maps:
+            draw(partial, reader.sample_maps, reader.reports)
         manifest = _manifest(source, plan, reader, identity)
         write_manifest(partial, manifest)
         made.append((manifest, identity))
 
     create_directory(directory, sum(info.num_bytes for _, info in tensors), fill)
     manifest, identity = made[0]
-    return Expansion(directory, manifest, reader.reports, reader.sample_maps, identity)
+    return Expansion(directory, manifest, reader.reports, identity)
 
 
 def _manifest(

@@ -14,6 +14,7 @@ from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
+from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.fusion import fuse_blocks
 from opt_deus_jax.upscaling.layout import plan_layout
@@ -145,7 +146,27 @@ def test_every_tensor_is_where_the_layout_puts_it(tmp_path, base):
             np.testing.assert_array_equal(array, expected[name], strict=True)
     for spec in outer_specs(config).values():
         np.testing.assert_array_equal(grown.read(spec.hf_name), base.read(spec.hf_name))
-    assert made.sample_maps.keys() == {report.name for report in made.reports[3]}
+
+
+def test_the_picture_is_drawn_before_the_folder_gets_its_name(tmp_path, base):
+    seen = {}
+
+    def draw(directory, maps, reports):
+        assert not (tmp_path / "grown").exists()
+        plot_diagnostics(directory, maps, reports)
+        seen.update(maps=maps, reports=reports)
+
+    made = expand_checkpoint(
+        base,
+        UpscaleConfig(num_new_layers=3),
+        tmp_path / "grown",
+        probe_BT=tokens(),
+        max_shard_bytes=10**9,
+        draw=draw,
+    )
+    assert (tmp_path / "grown" / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert seen["reports"] == made.reports
+    assert seen["maps"].keys() == {report.name for report in made.reports[3]}
 
 
 def test_a_uniform_layer_above_the_last_takes_it_for_both_parents(tmp_path, base):
