@@ -65,6 +65,8 @@ def resolve_method(config: UpscaleConfig) -> Method:
             f"config field upscale.num_new_layers={config.num_new_layers}: method 'base' adds no "
             "layer; set it to 0"
         )
+    if config.method == "base" and method.trained == "new":
+        raise UserError("config field upscale.trained='new': method 'base' adds no layer; use all")
     if config.method != "base" and not (config.num_new_layers or config.gaps):
         raise UserError(
             f"config field upscale.num_new_layers=0: method {config.method!r} needs at least one"

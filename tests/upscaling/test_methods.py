@@ -45,6 +45,10 @@ def test_each_choice_replaces_the_preset():
         ({"method": "dus", "num_new_layers": 1}, "upscale.method='dus': use one of opt_deus,"),
         ({"method": "base", "num_new_layers": 1}, "num_new_layers=1: method 'base' adds no"),
         ({"method": "base", "layout": "explicit", "gaps": (1,)}, "method 'base' adds no layer"),
+        (
+            {"method": "base", "trained": "new"},
+            "upscale.trained=.new.: method .base. adds no layer",
+        ),
         ({"method": "opt_deus"}, "num_new_layers=0: method 'opt_deus' needs at least one"),
         ({"method": "opt_deus", "layout": "stack", "num_new_layers": 1}, "'solar' only"),
         ({"method": "solar", "layout": "top", "num_new_layers": 1}, "'solar' only"),
