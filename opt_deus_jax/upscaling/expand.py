@@ -227,8 +227,8 @@ def expand_checkpoint(
 ) -> Expansion:
     """Writes the grown model and proves what it computes.
 
-    At most two blocks, one plan and one tensor are in memory at a time. The folder appears under
-    its name only when it is complete and, for zero-initialised methods, proven identical.
+    The folder appears under its name only when it is complete and, if zero-initialised, proven
+    identical; at most two blocks, one plan and one tensor are in memory at a time.
 
     Args:
         source: The base.
@@ -237,15 +237,14 @@ def expand_checkpoint(
         probe_BT: Token ids on which the grown model is run against its base.
         max_shard_bytes: Size above which safetensors are split.
         on_layer: Called before each layer is made, for progress.
-        draw: Called, where anything was transported, with the unfinished folder, the transport
-            maps of the first new layer by matrix and all reports by depth, to leave a picture.
+        draw: Leaves a picture; given the folder, the first new layer's maps and all reports.
 
     Returns:
         The manifest, the reports, and the distance from the base.
 
     Raises:
-        UserError: A field contradicts the base, a tensor is not finite, the disk is full, the
-            folder exists, or a zero-initialised model is not identical to its base.
+        UserError: A field contradicts the base, a tensor is not finite, a plan does not converge,
+            the disk is full, the folder exists, or an identity is not one.
     """
     config = read_model_config(source.hf_config, f"{source.name}: config.json")
     method = resolve_method(upscale)
@@ -271,13 +270,11 @@ def expand_checkpoint(
         (partial / "README.md").write_text(_model_card(source.name, plan, identity))
         if reader.sample_maps:
             draw(partial, reader.sample_maps, reader.reports)
-        manifest = _manifest(source, plan, reader, identity)
-        write_manifest(partial, manifest)
-        made.append((manifest, identity))
+        made.append((_manifest(source, plan, reader, identity), identity))
+        write_manifest(partial, made[0][0])
 
     create_directory(directory, sum(info.num_bytes for _, info in tensors), fill)
-    manifest, identity = made[0]
-    return Expansion(directory, manifest, reader.reports, identity)
+    return Expansion(directory, made[0][0], reader.reports, made[0][1])
 
 
 def _manifest(
