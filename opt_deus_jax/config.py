@@ -21,11 +21,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "explicit",
     ),
     "upscale.transport": ("reference", "barycentric", "assignment"),
-    "upscale.trained": (AS_PUBLISHED, "new", "all"),
+    "data.format": ("text", "alpaca", "messages"),
+    "data.template": ("chat", "alpaca"),
     "optimizer.schedule": ("wsd", "cosine"),
     "training.compute_dtype": ("float32", "bfloat16"),
     "training.frozen_dtype": ("float32", "bfloat16"),
-    "training.remat": ("none", "block"),
+    "training.remat": ("none", "matmuls", "block"),
+    "training.attention": ("reference", "cudnn", "splash"),
 }
 
 
@@ -42,7 +44,8 @@ class UpscaleConfig:
         epsilon: Entropy of Sinkhorn; None takes the transport's own (0.06 absolute for
             `reference`, relative to the mean cost for `barycentric`).
         zero_init: Whether o_proj and down_proj of new layers start at zero; None: as published.
-        trained: `new`, `all` or `published`.
+        trained: `new`, `all`, `published`, or a regular expression: what it finds in the Hugging
+            Face name of a tensor is trained.
         seed: Seed of the `random` method.
     """
 
@@ -67,7 +70,12 @@ class DataConfig:
             commas.
         held_out: The same for held-out text; empty splits the documents of `train`.
         held_out_fraction: Share of the documents (by hash) held out where `held_out` is empty.
-        text_field: The field of jsonl and parquet rows that holds the text.
+        format: `text`, or instructions: `alpaca` (rows of instruction, input, output) or `messages`
+            (rows of chat messages). Of instructions only the answers are trained on.
+        text_field: For `text`: the field of jsonl and parquet rows that holds the text.
+        template: For instructions: `chat` writes them through the tokenizer's chat template,
+            `alpaca` through the prompt of Stanford Alpaca.
+        packing: For instructions: whether a sequence holds several of them, each attended to alone.
         sequence_length: Tokens a training sequence; a record holds one more for the shift.
         max_train_tokens: Stop after this many training tokens; 0 takes all.
         max_held_out_tokens: The same for held-out text.
@@ -78,7 +86,10 @@ class DataConfig:
     train: str = "docstrings:"
     held_out: str = ""
     held_out_fraction: float = 0.05
+    format: str = "text"
     text_field: str = "text"
+    template: str = "chat"
+    packing: bool = True
     sequence_length: int = 2048
     max_train_tokens: int = 0
     max_held_out_tokens: int = 100_000
@@ -114,28 +125,52 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
+class MeshConfig:
+    """How the devices are arranged; the product of the three is their number.
+
+    Attributes:
+        data: Groups of devices that each hold all parameters and see other sequences.
+        fsdp: Devices over which parameters are cut by width, and sequences are spread too.
+        tensor: Devices over which heads, MLP neurons and vocabulary are cut.
+
+    One of them may be -1: it takes the devices that the others leave.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
 class TrainingConfig:
     """The training loop.
 
     Attributes:
-        steps: Optimizer steps.
+        steps: Optimizer steps; 0 leaves it to `epochs`.
+        epochs: Times that every record is seen, where `steps` is 0.
         batch_size: Sequences an optimizer step, over all devices.
         accumulation_steps: Parts into which each batch is cut; gradients are averaged over them.
         compute_dtype: Type of activations and of the kernels as multiplied.
         frozen_dtype: Type in which frozen parameters are held.
-        remat: `none` keeps every activation; `block` recomputes each block in the backward pass.
-        loss_chunk_tokens: Tokens whose logits exist at once.
+        attention: `reference` (all scores in memory, anywhere), `cudnn` (NVIDIA GPU, bfloat16) or
+            `splash` (TPU).
+        remat: `none` keeps every activation; `matmuls` keeps the products with kernels only;
+            `block` recomputes each block in the backward pass.
+        loss_chunk_tokens: Tokens whose logits exist at once on a device.
         log_every: Steps between lines of metrics.
         evaluate_every: Steps between held-out losses; 0 means only at both ends.
         checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many of the latest checkpoints are kept.
+        keep_checkpoints: How many of the latest checkpoints are kept, beside the one with the
+            lowest held-out loss.
     """
 
     steps: int = 100
+    epochs: int = 0
     batch_size: int = 8
     accumulation_steps: int = 1
     compute_dtype: str = "float32"
     frozen_dtype: str = "float32"
+    attention: str = "reference"
     remat: str = "none"
     loss_chunk_tokens: int = 512
     log_every: int = 1
@@ -155,6 +190,7 @@ class Experiment:
         upscale: Which layers are added, and with which weights.
         data: Text and how it becomes records.
         optimizer: AdamW and its schedule.
+        mesh: How the devices are arranged.
         training: The training loop.
     """
 
@@ -163,6 +199,7 @@ class Experiment:
     upscale: UpscaleConfig = dataclasses.field(default_factory=UpscaleConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
 
