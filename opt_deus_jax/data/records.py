@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,25 @@ class Records:
         Raises:
             IndexError: There is no such record.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        start = index * self.sequence_length
-        return self.tokens[start : start + self.sequence_length + 1].astype(np.int32)
+        return self.rows([index])["tokens"][0]
+
+    def rows(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Reads several records.
+
+        Args:
+            numbers: Their numbers, 0 to len - 1, in any order.
+
+        Returns:
+            {"tokens": [numbers, sequence_length + 1] int32}.
+
+        Raises:
+            IndexError: There is no such record.
+        """
+        chosen = np.asarray(numbers, np.int64)
+        if np.any((chosen < 0) | (chosen >= len(self))):
+            raise IndexError(f"records {chosen.tolist()} of {len(self)}")
+        places = chosen[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
+        return {"tokens": self.tokens[places].astype(np.int32)}
 
 
 def record_settings(

@@ -282,3 +282,14 @@ def test_records_of_too_few_tokens_are_none():
     assert len(Records(np.zeros(0, np.uint16), 4)) == 0
     assert len(Records(np.zeros(4, np.uint16), 4)) == 0
     assert len(Records(np.zeros(5, np.uint16), 4)) == 1
+
+
+def test_rows_are_the_records_in_the_order_asked_for():
+    loaded = Records(np.arange(13, dtype=np.uint16), 4)
+    rows = loaded.rows([2, 0, 2])["tokens"]
+    np.testing.assert_array_equal(rows, [range(8, 13), range(5), range(8, 13)])
+    assert rows.dtype == np.int32
+    assert loaded.rows([])["tokens"].shape == (0, 5)
+    for number in (-1, 3):
+        with pytest.raises(IndexError, match="of 3"):
+            loaded.rows([0, number])
