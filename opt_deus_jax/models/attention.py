@@ -1,13 +1,65 @@
 """Attention, chosen by name."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from opt_deus_jax.errors import UserError
+
+_SPLASH_LANES = 128
+_SPLASH_BLOCKS = (512, 256, 128)
+_BATCH_AXES = ("data", "fsdp")
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     """float32 means float32 on every backend; lower types take the hardware's own products."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def check_attention(
+    implementation: str, *, platform: str, compute_dtype: str, packed: bool, head_dim: int
+) -> None:
+    """Refuses an attention that the devices, the types or the data do not allow.
+
+    Args:
+        implementation: `reference`, `cudnn` or `splash`.
+        platform: `cpu`, `gpu` or `tpu`, as `jax.Device.platform` names it; `cuda` is `gpu`.
+        compute_dtype: Type of the activations.
+        packed: Whether a sequence may hold several examples.
+        head_dim: Size of a head.
+
+    Raises:
+        UserError: It cannot be used; the message names the field to change.
+    """
+    field = f"config field training.attention={implementation!r}"
+    if implementation == "splash" and platform != "tpu":
+        raise UserError(f"{field}: needs a TPU, the devices are {platform}; use reference or cudnn")
+    if implementation != "cudnn":
+        return
+    if platform not in ("gpu", "cuda"):
+        raise UserError(
+            f"{field}: needs an NVIDIA GPU, the devices are {platform}; use reference or splash"
+        )
+    if compute_dtype != "bfloat16":
+        raise UserError(
+            f"{field}: needs training.compute_dtype=bfloat16, not {compute_dtype}; "
+            "or use training.attention=reference"
+        )
+    if packed:
+        raise UserError(
+            f"{field}: cannot keep packed examples apart; set data.packing=False or use "
+            "training.attention=reference"
+        )
+    if head_dim % 8 or head_dim > 256:
+        raise UserError(
+            f"{field}: needs heads of a multiple of 8 up to 256, the model's have {head_dim}; "
+            "use training.attention=reference"
+        )
 
 
 def reference_attention(
@@ -22,7 +74,8 @@ def reference_attention(
         query_BTNH: Rotated queries; head n belongs to KV head n // (n / k).
         key_BSKH: Rotated keys.
         value_BSKH: Values.
-        allowed_BTS: Which keys each query may see; every row needs one.
+        allowed_BTS: Which keys each query may see; every row needs one. A first dimension of 1
+            holds for the whole batch.
 
     Returns:
         The attended values, in the dtype of the queries.
@@ -44,3 +97,143 @@ def reference_attention(
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
     attended_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, value_BSKH, precision=precision)
     return attended_BTKGH.reshape(query_BTNH.shape)
+
+
+def causal_mask(
+    length: int, example_BT: Int[Array, "b t"] | None = None
+) -> Bool[Array, "b t t"] | Bool[Array, "1 t t"]:
+    """Which keys each query may see: those before it, its own, and of its own example only.
+
+    Args:
+        length: Tokens a sequence.
+        example_BT: Number of the example that each token belongs to, or None for one in all.
+
+    Returns:
+        True where a key may be seen; the first dimension is 1 without examples.
+    """
+    places_T = jnp.arange(length)
+    causal_1TT = (places_T[:, None] >= places_T[None])[None]
+    if example_BT is None:
+        return causal_1TT
+    return causal_1TT & (example_BT[:, :, None] == example_BT[:, None])
+
+
+def causal_attention(
+    query_BTNH: Float[Array, "b t n h"],
+    key_BTKH: Float[Array, "b t k h"],
+    value_BTKH: Float[Array, "b t k h"],
+    example_BT: Int[Array, "b t"] | None,
+    implementation: str,
+) -> Float[Array, "b t n h"]:
+    """Causal self-attention of a whole sequence, differentiable.
+
+    Args:
+        query_BTNH: Rotated queries; head n belongs to KV head n // (n / k).
+        key_BTKH: Rotated keys.
+        value_BTKH: Values.
+        example_BT: Number of the example that each token belongs to, which it does not look
+            beyond; None where a sequence is one example.
+        implementation: `reference`, `cudnn` or `splash`; never replaced by another.
+
+    Returns:
+        The attended values, in the dtype of the queries.
+
+    Raises:
+        UserError: `cudnn` is given examples, whose dense masks it does not compute reliably.
+        ValueError: The implementation is unknown.
+    """
+    if implementation == "reference":
+        allowed = causal_mask(query_BTNH.shape[1], example_BT)
+        return reference_attention(query_BTNH, key_BTKH, value_BTKH, allowed)
+    if implementation == "splash":
+        return splash_attention(query_BTNH, key_BTKH, value_BTKH, example_BT)
+    if implementation == "cudnn":
+        if example_BT is not None:
+            raise UserError(
+                "config field training.attention='cudnn': cannot keep packed examples apart; "
+                "set data.packing=False or use training.attention=reference"
+            )
+        return jax.nn.dot_product_attention(
+            query_BTNH, key_BTKH, value_BTKH, is_causal=True, implementation="cudnn"
+        )
+    raise ValueError(f"unknown attention {implementation!r}")
+
+
+def splash_attention(
+    query_BTNH: Float[Array, "b t n h"],
+    key_BTKH: Float[Array, "b t k h"],
+    value_BTKH: Float[Array, "b t k h"],
+    example_BT: Int[Array, "b t"] | None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b t n h"]:
+    """Causal flash attention by JAX's Pallas kernel for TPU, under the current mesh.
+
+    Each device runs the kernel on its own sequences ('data' and 'fsdp') and heads ('tensor', where
+    it divides them; KV heads are repeated where there are fewer than devices).
+
+    Args:
+        query_BTNH: Rotated queries.
+        key_BTKH: Rotated keys.
+        value_BTKH: Values.
+        example_BT: Number of the example that each token belongs to, or None.
+        interpret: Whether to run the kernel as JAX operations, on any device.
+
+    Returns:
+        The attended values, in the dtype of the queries.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _local_splash(query_BTNH, key_BTKH, value_BTKH, example_BT, interpret)
+    num_heads, num_kv_heads, shards = query_BTNH.shape[2], key_BTKH.shape[2], mesh.shape["tensor"]
+    held_kv_heads = math.lcm(num_kv_heads, shards)
+    head_axis = None
+    if num_heads % held_kv_heads == 0:
+        head_axis = "tensor"
+        repeats = held_kv_heads // num_kv_heads
+        key_BTKH = jnp.repeat(key_BTKH, repeats, axis=2)
+        value_BTKH = jnp.repeat(value_BTKH, repeats, axis=2)
+    heads = PartitionSpec(_BATCH_AXES, None, head_axis, None)
+
+    def local(query: Array, key: Array, value: Array, example: Array | None) -> Array:
+        return _local_splash(query, key, value, example, interpret)
+
+    return jax.shard_map(
+        local,
+        in_specs=(heads, heads, heads, PartitionSpec(_BATCH_AXES, None)),
+        out_specs=heads,
+        check_vma=False,  # The kernel does not say over which axes its outputs vary.
+    )(query_BTNH, key_BTKH, value_BTKH, example_BT)
+
+
+def _local_splash(
+    query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, example_BT: Array | None, interpret: bool
+) -> Array:
+    length, num_heads, head_dim = query_BTNH.shape[1:]
+    # Padded keys come last, where no query of the sequence can see them.
+    padding = -length % _SPLASH_LANES
+    padded = length + padding
+
+    def heads_first(x_BTNH: Array) -> Array:
+        return jnp.pad(x_BTNH, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    block = next(block for block in _SPLASH_BLOCKS if padded % block == 0)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((padded, padded))] * num_heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        interpret=interpret,
+    )
+    arrays = (heads_first(query_BTNH * head_dim**-0.5), *map(heads_first, (key_BTKH, value_BTKH)))
+    segments = None
+    if example_BT is not None:
+        example_BT = jnp.pad(example_BT, ((0, 0), (0, padding)))
+        segments = splash.SegmentIds(example_BT, example_BT)
+    attended_BNTH: Any = jax.vmap(kernel)(*arrays, segments)
+    return attended_BNTH.swapaxes(1, 2)[:, :length]
