@@ -12,10 +12,12 @@ from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.data.records import load_info, load_records
+from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.reporting.plots import plot_losses
 from opt_deus_jax.reporting.tables import show
 from opt_deus_jax.training.loop import train
 from opt_deus_jax.training.metrics import read_metrics
+from opt_deus_jax.training.segments import select_trained
 
 launch.define_flags()
 
@@ -27,11 +29,11 @@ def main() -> None:
     manifest = read_manifest(expanded)
     info = load_info(workdir / "records")
     source = open_checkpoint(str(expanded))
+    config = read_model_config(source.hf_config, source.name)
     result = train(
         experiment,
         source,
-        trained_by_depth=manifest.is_trained,
-        trained=manifest.trained,
+        trained=select_trained(config, manifest.is_new, manifest.trained),
         train_records=load_records(workdir / "records", "train", verify=True),
         held_out_records=load_records(workdir / "records", "held_out", verify=True),
         workdir=workdir,

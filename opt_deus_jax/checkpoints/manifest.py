@@ -22,7 +22,7 @@ class Manifest:
     Attributes:
         method: The preset's name.
         options: Every option that the expansion ran with, presets resolved.
-        trained: `new` or `all`: what is to be trained.
+        trained: `new`, `all` or a regular expression: what is to be trained.
         layers: One entry per layer, from the embedding up: depth, base_layer, previous, next,
             is_new.
         base: Name, number of layers and sha256 over all tensors of the base.
@@ -46,11 +46,6 @@ class Manifest:
     def is_new(self) -> tuple[bool, ...]:
         """For every layer whether it is new."""
         return tuple(layer["is_new"] for layer in self.layers)
-
-    @property
-    def is_trained(self) -> tuple[bool, ...]:
-        """For every layer whether it is trained."""
-        return tuple(self.trained == "all" or new for new in self.is_new)
 
 
 def software_versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from opt_deus_jax.checkpoints.hf import create_directory, write_json, write_weig
 from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.models.model_config import read_model_config
-from opt_deus_jax.training.segments import plan_segments
+from opt_deus_jax.training.segments import plan_segments, select_trained
 from opt_deus_jax.training.weights import load_trained, tensor_by_name
 
 
@@ -54,8 +54,9 @@ def export_checkpoint(
     """
     manifest = read_manifest(expanded_directory)
     config = read_model_config(expanded.hf_config, expanded.name)
-    step, trainable, _ = load_trained(checkpoints, config, manifest.is_trained, manifest.trained)
-    segments = plan_segments(manifest.is_trained)
+    trained = select_trained(config, manifest.is_new, manifest.trained)
+    step, trainable, _ = load_trained(checkpoints, config, trained)
+    segments = plan_segments(trained.blocks)
     read = tensor_by_name(trainable, config, segments, frozen=expanded.read)
 
     def read_in_own_dtype(name: str) -> np.ndarray:
@@ -67,7 +68,9 @@ def export_checkpoint(
             (partial / file).write_bytes(content)
         write_json(partial / "config.json", expanded.hf_config)
         card = (expanded_directory / "README.md").read_text()
-        kind = "All layers were" if manifest.trained == "all" else "Only the new layers were"
+        kind = {"all": "All layers were", "new": "Only the new layers were"}.get(
+            manifest.trained, f"Only the tensors named like `{manifest.trained}` were"
+        )
         (partial / "README.md").write_text(f"{card}\n{kind} then trained for {step} steps.\n")
         (partial / FILE_NAME).write_bytes((expanded_directory / FILE_NAME).read_bytes())
 

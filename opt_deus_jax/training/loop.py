@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,13 @@ from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
 from opt_deus_jax.training.metrics import StepMonitor, WriteMetrics, open_metrics
 from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from opt_deus_jax.training.segments import Segment, invert_mask, plan_segments, trained_mask
+from opt_deus_jax.training.segments import (
+    Segment,
+    TrainedNames,
+    invert_mask,
+    plan_segments,
+    trained_mask,
+)
 from opt_deus_jax.training.step import (
     Evaluate,
     TrainState,
@@ -69,8 +75,7 @@ def train(
     experiment: Experiment,
     source: CheckpointSource,
     *,
-    trained_by_depth: Sequence[bool],
-    trained: str,
+    trained: TrainedNames,
     train_records: Records,
     held_out_records: Records,
     workdir: Path,
@@ -84,8 +89,7 @@ def train(
     Args:
         experiment: Its `data.seed`, `optimizer` and `training` are used.
         source: The model to train.
-        trained_by_depth: Whether each of its layers is trained.
-        trained: `new`, or `all` to train embedding, final norm and head as well.
+        trained: Its parameters that are trained.
         train_records: Training records.
         held_out_records: Held-out records.
         workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
@@ -100,11 +104,11 @@ def train(
     """
     training = experiment.training
     _check(training)
-    program = _program(experiment, source, trained_by_depth, trained)
+    program = _program(experiment, source, trained)
     batches = training_dataset(
         train_records, batch_size=training.batch_size, seed=experiment.data.seed
     )
-    settings = _settings(experiment, program.config, trained_by_depth, trained)
+    settings = _settings(experiment, program.config, trained)
     settings |= {f"fingerprint of the {name}": value for name, value in fingerprints.items()}
     # Put by name: what is not on a named device is compiled for once more in a resumed run.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -146,17 +150,15 @@ class _Run(NamedTuple):
     settings: dict[str, Any]
 
 
-def _program(
-    experiment: Experiment, source: CheckpointSource, trained_by_depth: Sequence[bool], trained: str
-) -> _Program:
+def _program(experiment: Experiment, source: CheckpointSource, trained: TrainedNames) -> _Program:
     config = read_model_config(source.hf_config, source.name)
-    segments = plan_segments(trained_by_depth)
+    segments = plan_segments(trained.blocks)
     schedule = learning_rate_schedule(experiment.optimizer, experiment.training.steps)
     optimizer = make_optimizer(experiment.optimizer, schedule)
     return _Program(
         config,
         segments,
-        trained_mask(config, segments, trained),
+        trained_mask(config, segments, trained.outer),
         optimizer,
         make_train_step(config, experiment.training, optimizer, schedule),
         make_evaluation_loss(config, experiment.training),
@@ -266,9 +268,7 @@ def _check(training: TrainingConfig) -> None:
         )
 
 
-def _settings(
-    experiment: Experiment, model: ModelConfig, trained_by_depth: Sequence[bool], trained: str
-) -> dict[str, Any]:
+def _settings(experiment: Experiment, model: ModelConfig, trained: TrainedNames) -> dict[str, Any]:
     """Everything that a checkpoint depends on, flat, by the names that users know."""
     parts = {
         "optimizer": dataclasses.asdict(experiment.optimizer),
@@ -277,10 +277,8 @@ def _settings(
     }
     settings = {f"{part}.{name}": v for part, values in parts.items() for name, v in values.items()}
     settings["data.seed"] = experiment.data.seed
-    settings["upscale.trained"] = trained
-    settings["trained layers"] = "".join(
-        "T" if is_trained else "F" for is_trained in trained_by_depth
-    )
+    settings["trained layers"] = "".join("T" if names else "F" for names in trained.blocks)
+    settings["trained parameters"] = " ".join(sorted(trained.outer.union(*trained.blocks)))
     return settings
 
 

@@ -1,20 +1,91 @@
-"""Depth as a short list of repeated patterns, and the split of a param pytree by trainability.
+"""Which parameters are trained, and depth as a short list of repeated patterns.
 
-Everything here is integers and tree algebra. A pattern repeated r times becomes one `lax.scan` of
-length r, so what is compiled grows with the length of the patterns and not with the depth.
+Everything here is names, integers and tree algebra. A pattern repeated r times becomes one
+`lax.scan` of length r, so what is compiled grows with the length of the patterns and not with the
+depth.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.models.language_model import BlockParams, Params
+from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, outer_specs
+
+BlockNames = frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedNames:
+    """The parameters that are trained, by their names in the param pytree.
+
+    Attributes:
+        outer: Those outside the blocks, of `outer_specs`. Where embedding and head are tied, the
+            embedding stands for both.
+        blocks: For each depth, those of its block, of `block_specs`; empty where it is frozen.
+    """
+
+    outer: frozenset[str]
+    blocks: tuple[BlockNames, ...]
+
+
+def select_trained(config: ModelConfig, is_new: Sequence[bool], trained: str) -> TrainedNames:
+    """Finds the parameters that `upscale.trained` means.
+
+    Args:
+        config: The network; its own depth is not used.
+        is_new: For each depth, whether its layer is new.
+        trained: `new` for all parameters of the new layers, `all` for everything, or a regular
+            expression: parameters are trained where it finds something in their Hugging Face name.
+
+    Returns:
+        At least one name.
+
+    Raises:
+        UserError: The expression is invalid, or nothing is selected.
+    """
+    outer, block = outer_specs(config), block_specs(config)
+    if trained == "all":
+        return TrainedNames(frozenset(outer), (frozenset(block),) * len(is_new))
+    if trained == "new":
+        if not any(is_new):
+            raise UserError(
+                "config field upscale.trained='new': the model has no new layer to train; use "
+                "--config.upscale.trained=all"
+            )
+        return TrainedNames(
+            frozenset(), tuple(frozenset(block) if new else frozenset() for new in is_new)
+        )
+    try:
+        expression = re.compile(trained)
+    except re.error as error:
+        raise UserError(
+            f"config field upscale.trained={trained!r}: neither new nor all nor a regular "
+            f"expression ({error}); mend it"
+        ) from None
+    names = TrainedNames(
+        frozenset(name for name, spec in outer.items() if expression.search(spec.hf_name)),
+        tuple(
+            frozenset(
+                name
+                for name, spec in block.items()
+                if expression.search(spec.hf_name.format(layer=depth))
+            )
+            for depth in range(len(is_new))
+        ),
+    )
+    if not names.outer and not any(names.blocks):
+        example = block["query_kernel"].hf_name.format(layer=len(is_new) - 1)
+        raise UserError(
+            f"config field upscale.trained={trained!r}: found in no tensor's name; names look like "
+            f"{example}"
+        )
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +93,12 @@ class Segment:
     """A pattern of blocks, repeated.
 
     Attributes:
-        pattern: For each place in the pattern, whether its block is trained.
+        pattern: For each place in the pattern, the trained parameters of its block.
         repeats: How often the pattern follows itself.
         first_depth: Depth of the first block.
     """
 
-    pattern: tuple[bool, ...]
+    pattern: tuple[BlockNames, ...]
     repeats: int
     first_depth: int
 
@@ -37,13 +108,16 @@ def depth_of(segment: Segment, repeat: int, place: int) -> int:
     return segment.first_depth + repeat * len(segment.pattern) + place
 
 
-def _candidates(trained_by_depth: tuple[bool, ...], first: int) -> list[Segment]:
-    # A longer pattern must repeat: unrepeated it would save no compilation, and a frozen prefix
-    # in one pattern with trained blocks would be kept for a backward pass that it does not need.
+def _candidates(trained_by_depth: tuple[BlockNames, ...], first: int) -> list[Segment]:
+    # A longer pattern must repeat: unrepeated it would save no compilation. A frozen prefix in one
+    # pattern with trained blocks would be kept for a backward pass that it does not need.
+    is_prefix = not any(trained_by_depth[: first + 1])
     left = len(trained_by_depth) - first
     found = []
     for length in range(1, left + 1):
         pattern = trained_by_depth[first : first + length]
+        if is_prefix and any(pattern):
+            break
         repeats = 1
         while True:
             if length == 1 or repeats > 1:
@@ -55,14 +129,16 @@ def _candidates(trained_by_depth: tuple[bool, ...], first: int) -> list[Segment]
     return found
 
 
-def plan_segments(trained_by_depth: Sequence[bool]) -> tuple[Segment, ...]:
+def plan_segments(trained_by_depth: Sequence[BlockNames]) -> tuple[Segment, ...]:
     """Covers the depth, in order, with the shortest repeated patterns.
 
-    The fewest blocks are compiled (the sum of the lengths of the patterns is least); among equals
-    there are the fewest segments, and among those each segment from the bottom up is the longest.
+    The frozen blocks below the lowest trained one are never in one segment with trained blocks.
+    With that, the fewest blocks are compiled (the sum of the lengths of the patterns is least);
+    among equals there are the fewest segments, and among those each segment from the bottom up is
+    the longest.
 
     Args:
-        trained_by_depth: Whether each block is trained, from the bottom up.
+        trained_by_depth: The trained parameters of each block, from the bottom up.
 
     Returns:
         Segments; the top layout 32 -> 48 gives F x 16, then (T F) x 16.
@@ -70,16 +146,16 @@ def plan_segments(trained_by_depth: Sequence[bool]) -> tuple[Segment, ...]:
     Raises:
         ValueError: There is no block.
     """
-    mask = tuple(bool(trained) for trained in trained_by_depth)
-    if not mask:
+    blocks = tuple(trained_by_depth)
+    if not blocks:
         raise ValueError("a network needs at least one block")
-    best: list[tuple[int, int, Segment | None]] = [(0, 0, None)] * (len(mask) + 1)
-    for first in reversed(range(len(mask))):
+    best: list[tuple[int, int, Segment | None]] = [(0, 0, None)] * (len(blocks) + 1)
+    for first in reversed(range(len(blocks))):
         costs = []
-        for segment in _candidates(mask, first):
-            blocks = segment.repeats * len(segment.pattern)
-            cost, count, _ = best[first + blocks]
-            costs.append((cost + len(segment.pattern), count + 1, -blocks, segment))
+        for segment in _candidates(blocks, first):
+            covered = segment.repeats * len(segment.pattern)
+            cost, count, _ = best[first + covered]
+            costs.append((cost + len(segment.pattern), count + 1, -covered, segment))
         cost, count, _, segment = min(costs, key=lambda candidate: candidate[:3])
         best[first] = (cost, count, segment)
     segments = []
@@ -90,80 +166,31 @@ def plan_segments(trained_by_depth: Sequence[bool]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def stack_blocks(
-    blocks: Sequence[BlockParams], segments: Sequence[Segment]
-) -> list[list[BlockParams]]:
-    """Stacks the blocks of a network, from the bottom up, into its segments.
-
-    Args:
-        blocks: Parameters of each block by depth.
-        segments: From `plan_segments`.
-
-    Returns:
-        The "segments" of a param pytree.
-    """
-    return [
-        [
-            jax.tree.map(
-                lambda *leaves: jnp.stack(leaves),
-                *(blocks[depth_of(segment, repeat, place)] for repeat in range(segment.repeats)),
-            )
-            for place in range(len(segment.pattern))
-        ]
-        for segment in segments
-    ]
-
-
-def unstack_blocks(
-    stacked: Sequence[Sequence[BlockParams]], segments: Sequence[Segment]
-) -> list[BlockParams]:
-    """Undoes `stack_blocks`.
-
-    Args:
-        stacked: The "segments" of a param pytree.
-        segments: From `plan_segments`.
-
-    Returns:
-        Parameters of each block by depth.
-    """
-    return [
-        {name: leaf[repeat] for name, leaf in block.items()}
-        for segment, pattern in zip(segments, stacked, strict=True)
-        for repeat in range(segment.repeats)
-        for block in pattern
-    ]
-
-
-def trained_mask(config: ModelConfig, segments: Sequence[Segment], trained: str) -> dict[str, Any]:
+def trained_mask(
+    config: ModelConfig, segments: Sequence[Segment], outer: frozenset[str]
+) -> dict[str, Any]:
     """Says for every leaf of a param pytree whether it is trained.
 
     Args:
         config: The network.
         segments: From `plan_segments`.
-        trained: `new` trains the blocks that the segments mark; `all` trains the whole network,
-            embedding, final norm and head included, and every block must be marked.
+        outer: The trained parameters outside the blocks, of `TrainedNames`.
 
     Returns:
         A tree of bools with the structure of the param pytree.
 
     Raises:
-        UserError: With `new` there is nothing to train.
-        ValueError: With `all` a block is not marked, or `trained` is another word.
+        ValueError: A name is none of the network's.
     """
-    places = [is_trained for segment in segments for is_trained in segment.pattern]
-    if trained not in ("new", "all"):
-        raise ValueError(f"trained={trained!r}: use new or all")
-    if trained == "all" and not all(places):
-        raise ValueError("trained='all', but trained_by_depth leaves a block out")
-    if not any(places):
-        raise UserError(
-            "config field upscale.trained='new': the model has no new layer to train; use "
-            "--config.upscale.trained=all"
-        )
-    mask: dict[str, Any] = {name: trained == "all" for name in outer_specs(config)}
-    names = block_specs(config)
+    outer_names, block_names = outer_specs(config), block_specs(config)
+    labels = [names for segment in segments for names in segment.pattern]
+    unknown = frozenset().union(*labels) - block_names.keys() | outer - outer_names.keys()
+    if unknown:
+        raise ValueError(f"trained parameters {sorted(unknown)} are none of the network's")
+    mask: dict[str, Any] = {name: name in outer for name in outer_names}
     mask["segments"] = [
-        [dict.fromkeys(names, is_trained) for is_trained in segment.pattern] for segment in segments
+        [{name: name in names for name in block_names} for names in segment.pattern]
+        for segment in segments
     ]
     return mask
 

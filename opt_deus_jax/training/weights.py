@@ -17,6 +17,7 @@ from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, named_tensors, outer_specs
 from opt_deus_jax.training.segments import (
     Segment,
+    TrainedNames,
     depth_of,
     partition,
     plan_segments,
@@ -143,15 +144,14 @@ def abstract_params(
 
 
 def load_trained(
-    directory: Path, config: ModelConfig, trained_by_depth: Sequence[bool], trained: str
+    directory: Path, config: ModelConfig, trained: TrainedNames
 ) -> tuple[int, Params, dict[str, Any]]:
     """Reads the trained parameters of the latest training checkpoint, and nothing else.
 
     Args:
         directory: The `checkpoints` folder of a work directory.
         config: The network.
-        trained_by_depth: Whether each block was trained.
-        trained: `new` or `all`.
+        trained: The parameters that were trained.
 
     Returns:
         (step, param pytree of float32 arrays with None for frozen leaves, metadata as `train`
@@ -160,8 +160,8 @@ def load_trained(
     Raises:
         UserError: There is no checkpoint.
     """
-    segments = plan_segments(trained_by_depth)
-    mask = trained_mask(config, segments, trained)
+    segments = plan_segments(trained.blocks)
+    mask = trained_mask(config, segments, trained.outer)
     first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract, _ = partition(
         abstract_params(config, segments, jnp.dtype("float32"), first_device), mask

@@ -33,10 +33,8 @@ def test_reading_gives_back_what_was_written(tmp_path):
     assert (tmp_path / FILE_NAME).read_text().endswith("}\n")
 
 
-def test_it_says_which_layers_are_new_and_which_are_trained():
+def test_it_says_which_layers_are_new():
     assert MANIFEST.is_new == (False, False, True, False)
-    assert MANIFEST.is_trained == MANIFEST.is_new
-    assert dataclasses.replace(MANIFEST, trained="all").is_trained == (True,) * 4
 
 
 def test_versions_are_those_installed():

@@ -18,10 +18,12 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.training import loop
 from opt_deus_jax.training.metrics import read_metrics
+from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.training.weights import load_trained, parameter_hash
 from tests.training.tiny import source_of, tiny_hf_config, tiny_records, tiny_source, tiny_tensors
 
-MASK = [False, False, True, True]
+MODEL = read_model_config(tiny_hf_config())
+TRAINED = select_trained(MODEL, [False, False, True, True], "new")
 ROOT = Path(__file__).parents[2]
 STEPS = 24
 
@@ -47,8 +49,7 @@ def run(
     **changes: Any,
 ) -> loop.TrainingResult:
     arguments: dict[str, Any] = {
-        "trained_by_depth": MASK,
-        "trained": "new",
+        "trained": TRAINED,
         "train_records": tiny_records(50),
         "held_out_records": tiny_records(7, seed=1),
         "workdir": workdir,
@@ -85,8 +86,7 @@ def test_a_run_leaves_losses_metrics_and_checkpoints(
     trained_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(result.state.trainable))
     assert saved < 3 * trained_bytes + 100_000
 
-    config = read_model_config(tiny_hf_config())
-    step, trainable, metadata = load_trained(workdir / "checkpoints", config, MASK, "new")
+    step, trainable, metadata = load_trained(workdir / "checkpoints", MODEL, TRAINED)
     assert step == STEPS
     assert parameter_hash(trainable) == parameter_hash(result.state.trainable)
     assert metadata["settings"]["fingerprint of the model"] == "a"
@@ -113,7 +113,16 @@ def test_a_finished_run_says_so(
         (experiment(steps=30), {}, "training.steps=24, now it is 30; set it back or use another"),
         (None, {"fingerprints": {"model": "c", "records": "b"}}, "the model='a', now it is 'c'"),
         (None, {"fingerprints": {"model": "a", "records": "d"}}, "the records='b', now it is 'd'"),
-        (None, {"trained_by_depth": [True, True, False, False]}, "trained layers='FFTT'"),
+        (
+            None,
+            {"trained": select_trained(MODEL, [True, True, False, False], "new")},
+            "trained layers='FFTT'",
+        ),
+        (
+            None,
+            {"trained": select_trained(MODEL, [False] * 4, r"layers\.[23]\.mlp")},
+            "trained parameters='down_kernel gate_kernel input_norm",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(

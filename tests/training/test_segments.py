@@ -1,5 +1,6 @@
 import functools
 import random
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,24 @@ import pytest
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import logits
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
-from opt_deus_jax.models.params import block_specs
+from opt_deus_jax.models.params import block_specs, outer_specs
 from opt_deus_jax.training.segments import (
+    BlockNames,
     Segment,
     depth_of,
     invert_mask,
     merge,
     partition,
     plan_segments,
-    stack_blocks,
+    select_trained,
     trained_mask,
-    unstack_blocks,
 )
 from opt_deus_jax.training.weights import load_params
+from opt_deus_jax.upscaling.layout import plan_layout
+from tests.training.stacking import stack_blocks, unstack_blocks
 from tests.training.tiny import tiny_hf_config, tiny_source
 
-F, T = False, True
+F, T, P = frozenset(), frozenset({"all", "some"}), frozenset({"some"})
 
 
 @pytest.fixture(scope="module")
@@ -32,52 +35,76 @@ def config() -> ModelConfig:
     return read_model_config(tiny_hf_config(num_hidden_layers=6, tie_word_embeddings=False))
 
 
-def flatten(segments: tuple[Segment, ...]) -> list[bool]:
+def flatten(segments: tuple[Segment, ...]) -> list[BlockNames]:
     by_depth = {
-        depth_of(segment, repeat, place): is_trained
+        depth_of(segment, repeat, place): names
         for segment in segments
         for repeat in range(segment.repeats)
-        for place, is_trained in enumerate(segment.pattern)
+        for place, names in enumerate(segment.pattern)
     }
     return [by_depth[depth] for depth in range(len(by_depth))]
 
 
 LAYOUTS = {
-    "top": ([F] * 16 + [T, F] * 16, [((F,), 16), ((T, F), 16)]),
-    "bottom": ([F, T] * 16 + [F] * 16, [((F, T), 16), ((F,), 16)]),
-    "middle": (
-        [F] * 9 + [T, F] * 16 + [F] * 7,
-        [((F,), 9), ((T, F), 16), ((F,), 7)],
-    ),
-    "top_and_bottom": (
-        [F, T] * 8 + [F] * 16 + [T, F] * 8,
-        [((F, T), 8), ((F,), 16), ((T, F), 8)],
-    ),
-    "uniform": ([F, F, T] * 16, [((F, F, T), 16)]),
-    "all": ([T] * 48, [((T,), 48)]),
-    "one new": ([F, F, F, T, F], [((F,), 3), ((T,), 1), ((F,), 1)]),
-    "one layer": ([T], [((T,), 1)]),
+    ("top", 32, 16): [((F,), 16), ((T, F), 16)],
+    ("top", 30, 15): [((F,), 15), ((T, F), 15)],
+    ("bottom", 32, 16): [((F,), 1), ((T, F), 16), ((F,), 15)],
+    ("bottom", 30, 15): [((F,), 1), ((T, F), 15), ((F,), 14)],
+    ("middle", 32, 16): [((F,), 8), ((T, F), 16), ((F,), 8)],
+    ("middle", 30, 15): [((F,), 8), ((T, F), 15), ((F,), 7)],
+    ("top_and_bottom", 32, 16): [((F,), 1), ((T, F), 8), ((F,), 15), ((T, F), 8)],
+    ("top_and_bottom", 30, 15): [((F,), 1), ((T, F), 7), ((F,), 14), ((T, F), 8)],
+    ("uniform", 32, 16): [((F,), 2), ((T, F, F), 15), ((T,), 1)],
+    ("uniform", 30, 15): [((F,), 2), ((T, F, F), 14), ((T,), 1)],
+    ("stack", 32, 16): [((F,), 24), ((T,), 16), ((F,), 8)],
+    ("stack", 30, 15): [((F,), 23), ((T,), 15), ((F,), 7)],
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_become_the_shortest_patterns(name: str):
-    mask, expected = LAYOUTS[name]
-    segments = plan_segments(mask)
-    assert [(segment.pattern, segment.repeats) for segment in segments] == expected
-    assert flatten(segments) == mask
+@pytest.mark.parametrize(("layout", "depth", "num_new"), LAYOUTS)
+def test_layouts_become_the_shortest_patterns(layout: str, depth: int, num_new: int):
+    blocks = [T if origin.is_new else F for origin in plan_layout(layout, depth, num_new)]
+    segments = plan_segments(blocks)
+    assert [(s.pattern, s.repeats) for s in segments] == LAYOUTS[layout, depth, num_new]
+    assert flatten(segments) == blocks
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ([T] * 48, [((T,), 48)]),
+        ([F] * 4, [((F,), 4)]),
+        ([F, F, F, T, F], [((F,), 3), ((T,), 1), ((F,), 1)]),
+        # Explicit gaps 1, 4, 7 of 9 layers.
+        (
+            [F, F, T, F, F, F, T, F, F, F, T, F],
+            [((F,), 2), ((T, F, F, F), 2), ((T,), 1), ((F,), 1)],
+        ),
+        # Blocks that differ in what is trained are different blocks.
+        ([T, P, T, P], [((T, P), 2)]),
+        ([P, P, T, T, F, F], [((P,), 2), ((T,), 2), ((F,), 2)]),
+        # After the lowest trained block frozen ones may share its pattern, not before.
+        ([F, T, F, T], [((F,), 1), ((T,), 1), ((F,), 1), ((T,), 1)]),
+        ([F, T, F, T, F], [((F,), 1), ((T, F), 2)]),
+    ],
+)
+def test_other_depths_become_the_shortest_patterns(
+    blocks: list[BlockNames], expected: list[tuple[tuple[BlockNames, ...], int]]
+):
+    assert [(s.pattern, s.repeats) for s in plan_segments(blocks)] == expected
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_random_masks_are_covered_in_order(seed: int):
+def test_random_depths_are_covered_in_order(seed: int):
     draw = random.Random(seed)
-    mask = [draw.random() < draw.choice((0.2, 0.5, 0.9)) for _ in range(draw.randint(1, 40))]
-    segments = plan_segments(mask)
-    assert flatten(segments) == mask
-    runs = 1 + sum(left != right for left, right in zip(mask, mask[1:], strict=False))
+    blocks = draw.choices((F, P, T), (draw.choice((1, 4)), 1, 1), k=draw.randint(1, 40))
+    segments = plan_segments(blocks)
+    assert flatten(segments) == blocks
+    runs = 1 + sum(left != right for left, right in zip(blocks, blocks[1:], strict=False))
     assert sum(len(segment.pattern) for segment in segments) <= runs
-    # Nothing frozen before the first trained block shares an unrepeated pattern with it.
     assert all(segment.repeats > 1 or len(segment.pattern) == 1 for segment in segments)
+    lowest = next((depth for depth, names in enumerate(blocks) if names), len(blocks))
+    assert all(not any(segment.pattern) for segment in segments if segment.first_depth < lowest)
 
 
 def test_a_network_without_blocks_is_refused():
@@ -85,8 +112,65 @@ def test_a_network_without_blocks_is_refused():
         plan_segments([])
 
 
-@pytest.mark.parametrize("mask", [[F, F, T, F, T, F], [F, T, T, F, F, T]])
-def test_segmented_forward_equals_unsegmented(config: ModelConfig, mask: list[bool]):
+def test_new_and_all_select_whole_blocks(config: ModelConfig):
+    everything, is_new = frozenset(block_specs(config)), [False, True, True]
+    names = select_trained(config, is_new, "new")
+    assert (names.outer, names.blocks) == (frozenset(), (frozenset(), everything, everything))
+    names = select_trained(config, is_new, "all")
+    assert (names.outer, names.blocks) == (frozenset(outer_specs(config)), (everything,) * 3)
+
+
+MLP = frozenset({"gate_kernel", "up_kernel", "down_kernel"})
+HEAD = frozenset({"head"})
+
+
+@pytest.mark.parametrize(
+    ("expression", "outer", "blocks"),
+    [
+        (r"\.mlp\.", F, [MLP] * 12),
+        (r"layers\.1\..*q_proj", F, [F, {"query_kernel"}, *[F] * 10]),
+        (r"layers\.1\d\..*q_proj", F, [*[F] * 10, {"query_kernel"}, {"query_kernel"}]),
+        (r"lm_head|layers\.11\.mlp", HEAD, [*[F] * 11, MLP]),
+        (r"^model\.norm", {"final_norm"}, [F] * 12),
+        (r"embed_tokens", {"embedding"}, [F] * 12),
+        (r"norm", {"final_norm"}, [{"input_norm", "post_attention_norm"}] * 12),
+    ],
+)
+def test_an_expression_is_searched_in_hugging_face_names(
+    config: ModelConfig, expression: str, outer: set[str], blocks: list[set[str]]
+):
+    names = select_trained(config, [False] * 11 + [True], expression)
+    assert names.outer == outer
+    assert list(names.blocks) == blocks
+
+
+def test_a_tied_head_is_the_embedding():
+    tied = read_model_config(tiny_hf_config(tie_word_embeddings=True))
+    assert select_trained(tied, [True], "all").outer == {"embedding", "final_norm"}
+    assert select_trained(tied, [True], "embed_tokens").outer == {"embedding"}
+    with pytest.raises(UserError, match="upscale.trained='lm_head': found in no tensor's name"):
+        select_trained(tied, [True], "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        ("new", "upscale.trained='new': the model has no new layer to train"),
+        ("q_proj(", "upscale.trained='q_proj\\(': neither new nor all nor a regular expression"),
+        ("layers.9.", "upscale.trained='layers.9.': found in no tensor's name"),
+    ],
+)
+def test_a_selection_of_nothing_is_refused(config: ModelConfig, trained: str, message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        select_trained(config, [False] * 6, trained)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "is_new",
+    [[False, False, True, False, True, False], [False, True, True, False, False, True]],
+)
+def test_segmented_forward_equals_unsegmented(config: ModelConfig, is_new: list[bool]):
     source = tiny_source(num_hidden_layers=6, tie_word_embeddings=False)
     load = functools.partial(
         load_params,
@@ -95,7 +179,7 @@ def test_segmented_forward_equals_unsegmented(config: ModelConfig, mask: list[bo
         dtype=jnp.dtype("float32"),
         sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
     )
-    segments = plan_segments(mask)
+    segments = plan_segments(select_trained(config, is_new, "new").blocks)
     params, segmented = load(plan_segments([F] * 6)), load(segments)
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 64)
     forward = jax.jit(functools.partial(logits, config=config, dtype=jnp.dtype("float32")))
@@ -110,19 +194,23 @@ def test_segmented_forward_equals_unsegmented(config: ModelConfig, mask: list[bo
     )
 
 
-def segmented_params(config: ModelConfig, mask: list[bool]) -> dict:
-    blocks = [dict.fromkeys(block_specs(config), jnp.ones(2)) for _ in mask]
-    outer = {name: jnp.ones(3) for name in ("embedding", "final_norm", "head")}
-    return outer | {"segments": stack_blocks(blocks, plan_segments(mask))}
+def params_and_mask(config: ModelConfig, is_new: list[bool], trained: str) -> tuple[dict, dict]:
+    names = select_trained(config, is_new, trained)
+    segments = plan_segments(names.blocks)
+    blocks = [dict.fromkeys(block_specs(config), jnp.ones(2)) for _ in is_new]
+    params: dict[str, Any] = {name: jnp.ones(3) for name in outer_specs(config)}
+    params["segments"] = stack_blocks(blocks, segments)
+    return params, trained_mask(config, segments, names.outer)
 
 
-def test_partition_and_merge_are_each_others_inverse(config: ModelConfig):
-    mask_by_depth = [F, F, T, F]
-    params = segmented_params(config, mask_by_depth)
-    mask = trained_mask(config, plan_segments(mask_by_depth), "new")
+@pytest.mark.parametrize(
+    ("trained", "count"), [("new", 9), ("all", 9 + 3), ("lm_head|[24].mlp", 1 + 3)]
+)
+def test_partition_and_merge_are_each_others_inverse(config: ModelConfig, trained: str, count: int):
+    params, mask = params_and_mask(config, [False, False, True, False], trained)
     trainable, frozen = partition(params, mask)
-    assert len(jax.tree.leaves(trainable)) == 9
-    assert trainable["embedding"] is None
+    assert len(jax.tree.leaves(trainable)) == count
+    assert (trainable["embedding"] is None) == (trained != "all")
     assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(
         jax.tree.leaves(params)
     )
@@ -136,8 +224,7 @@ def test_partition_and_merge_are_each_others_inverse(config: ModelConfig):
 
 
 def test_every_leaf_is_trained_or_frozen_exactly_once(config: ModelConfig):
-    params = segmented_params(config, [T, T])
-    mask = trained_mask(config, plan_segments([T, T]), "all")
+    params, mask = params_and_mask(config, [True, True], "all")
     assert all(jax.tree.leaves(mask))
     with pytest.raises(ValueError, match="differ in structure"):
         partition(params | {"unknown": jnp.ones(2)}, mask)
@@ -150,10 +237,8 @@ def test_every_leaf_is_trained_or_frozen_exactly_once(config: ModelConfig):
         merge(trainable | {"unknown": jnp.ones(3)}, frozen)
 
 
-def test_masks_that_cannot_be_meant_are_refused(config: ModelConfig):
-    with pytest.raises(UserError, match="no new layer to train"):
-        trained_mask(config, plan_segments([F, F]), "new")
-    with pytest.raises(ValueError, match="leaves a block out"):
-        trained_mask(config, plan_segments([F, T]), "all")
-    with pytest.raises(ValueError, match="use new or all"):
-        trained_mask(config, plan_segments([T]), "published")
+def test_names_that_are_not_the_networks_are_refused(config: ModelConfig):
+    with pytest.raises(ValueError, match="'some'"):
+        trained_mask(config, plan_segments([P]), frozenset())
+    with pytest.raises(ValueError, match="'tail'"):
+        trained_mask(config, plan_segments([F]), frozenset({"tail"}))

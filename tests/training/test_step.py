@@ -13,7 +13,13 @@ from opt_deus_jax.models.language_model import logits
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
 from opt_deus_jax.models.params import OUTPUT_KERNELS
 from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from opt_deus_jax.training.segments import invert_mask, merge, plan_segments, trained_mask
+from opt_deus_jax.training.segments import (
+    invert_mask,
+    merge,
+    plan_segments,
+    select_trained,
+    trained_mask,
+)
 from opt_deus_jax.training.step import (
     initial_state,
     loss_fn,
@@ -36,8 +42,9 @@ def load(
     zeroed = tuple(d for d, is_new in enumerate(mask_by_depth) if is_new and trained == "new")
     source = tiny_source(zeroed, num_hidden_layers=len(mask_by_depth), **changes)
     config = read_model_config(source.hf_config)
-    segments = plan_segments(mask_by_depth)
-    mask = trained_mask(config, segments, trained)
+    names = select_trained(config, mask_by_depth, trained)
+    segments = plan_segments(names.blocks)
+    mask = trained_mask(config, segments, names.outer)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     trainable, frozen = (
         load_params(source, config, segments, dtype=FLOAT32, sharding=device, wanted=wanted)

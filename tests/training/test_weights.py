@@ -8,7 +8,13 @@ import pytest
 
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
-from opt_deus_jax.training.segments import invert_mask, merge, plan_segments, trained_mask
+from opt_deus_jax.training.segments import (
+    invert_mask,
+    merge,
+    plan_segments,
+    select_trained,
+    trained_mask,
+)
 from opt_deus_jax.training.weights import (
     abstract_params,
     load_params,
@@ -39,7 +45,8 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def test_tensors_go_in_and_come_out_by_name(config, device, tensors):  # noqa: ANN001
-    segments = plan_segments(MASK)
+    names = select_trained(config, MASK, "new")
+    segments = plan_segments(names.blocks)
     params = load_params(
         source_of(HF_CONFIG, tensors), config, segments, dtype=FLOAT32, sharding=device
     )
@@ -55,8 +62,9 @@ def test_tensors_go_in_and_come_out_by_name(config, device, tensors):  # noqa: A
 
 
 def test_trained_masters_and_frozen_bfloat16_make_the_whole(config, device, tensors):  # noqa: ANN001
-    segments = plan_segments(MASK)
-    mask = trained_mask(config, segments, "new")
+    names = select_trained(config, MASK, "new")
+    segments = plan_segments(names.blocks)
+    mask = trained_mask(config, segments, names.outer)
     source = source_of(HF_CONFIG, tensors)
     trainable = load_params(source, config, segments, dtype=FLOAT32, sharding=device, wanted=mask)
     frozen = load_params(
@@ -81,7 +89,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(config, device, tensors):  # 
         load_params(
             source_of(HF_CONFIG, changed),
             config,
-            plan_segments(MASK),
+            plan_segments(select_trained(config, MASK, "new").blocks),
             dtype=FLOAT32,
             sharding=device,
         )
@@ -117,4 +125,4 @@ def test_hash_sees_path_dtype_shape_and_bytes():
 def test_no_training_checkpoint_is_said_so(config, tmp_path):  # noqa: ANN001
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="run experiments.train first"):
-            load_trained(folder, config, MASK, "new")
+            load_trained(folder, config, select_trained(config, MASK, "new"))
