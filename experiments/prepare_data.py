@@ -1,8 +1,10 @@
-r"""Tokenises text into fixed-length records.
+r"""Tokenises text or instructions into fixed-length records.
 
 python -m experiments.prepare_data --config=configs/smollm2_135m.py:demo --workdir=runs/first
 Writes WORKDIR/records. Text: --config.data.train=FILES_OR_FOLDERS (txt, jsonl, jsonl.gz, .zst, .xz,
-parquet) or docstrings: for the docstrings of the installed packages.
+parquet) or docstrings: for the docstrings of the installed packages. Instructions:
+--config.data.format=alpaca or messages, from json, jsonl, jsonl.gz, .zst, .xz or parquet; only the
+answers are trained on. Run again, it checks that the text is still the same.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ from rich.table import Table
 from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.checkpoints.tokenizer import load_tokenizer
-from opt_deus_jax.data.records import prepare_records
+from opt_deus_jax.data.preparation import prepare_records
 from opt_deus_jax.reporting.tables import show
 
 launch.define_flags()
@@ -30,9 +32,17 @@ def main() -> None:
         tokenizer_fingerprint=hashlib.sha256(tokenizer.tokenizer_json).hexdigest(),
         vocabulary_size=source.hf_config["vocab_size"],
     )
-    table = Table("split", "documents", "sequences", "tokens", title=f"{workdir / 'records'}")
+    shown = {"records": "sequences", "tokens": "tokens"}
+    if experiment.data.format != "text":
+        shown |= {
+            "predicted_tokens": "tokens of answers",
+            "truncated": "answers cut at the end",
+            "dropped": "left out, answer too far",
+        }
+    table = Table("split", "documents", *shown.values(), title=f"{workdir / 'records'}")
     for name, split in info.splits.items():
-        table.add_row(name, f"{split.documents:,}", f"{split.records:,}", f"{split.tokens:,}")
+        counts = [f"{getattr(split, field):,}" for field in ("documents", *shown)]
+        table.add_row(name, *counts)
     show(table)
 
 

@@ -64,6 +64,12 @@ class Tokenizer:
             list(ids), skip_special_tokens=skip_special_tokens
         )
 
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Texts that become one id wherever they are written, as `<|im_end|>` does."""
+        added = _backend(self.tokenizer_json).get_added_tokens_decoder().values()
+        return tuple(token.content for token in added)
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> str:

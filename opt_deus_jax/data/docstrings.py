@@ -85,19 +85,44 @@ def read_docstrings(packages: Sequence[str] = PACKAGES) -> Iterator[tuple[str, s
     Raises:
         UserError: None of the packages is installed as source.
     """
+    seen: set[bytes] = set()
+    for name, path in tqdm(
+        _modules(packages), "docstrings", unit="module", leave=False, disable=None
+    ):
+        parts = [f"{title}\n\n{text}" for title, text in _parse(name, path) if _is_new(text, seen)]
+        document = "\n\n\n".join(parts)
+        if len(document) >= MIN_CHARACTERS:
+            yield name, document
+
+
+def fingerprint(packages: Sequence[str] = PACKAGES) -> str:
+    """Hashes the source files that `read_docstrings` reads.
+
+    Args:
+        packages: As there.
+
+    Returns:
+        Hexadecimal sha256 of their names and contents.
+
+    Raises:
+        UserError: None of the packages is installed as source.
+    """
+    digest = hashlib.sha256()
+    for name, path in _modules(packages):
+        # Packages may hold links that lead nowhere; such a module has no docstrings either.
+        content = path.read_bytes() if path.exists() else b""
+        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _modules(packages: Sequence[str]) -> list[tuple[str, Path]]:
     modules = [module for package in packages for module in _find_modules(package)]
     if not modules:
         raise UserError(
             f"docstrings: no Python source of {', '.join(packages)} is installed: name files of"
             " text by --config.data.train=FILES"
         )
-    modules.sort(key=lambda module: hashlib.sha1(module[0].encode()).digest())
-    seen: set[bytes] = set()
-    for name, path in tqdm(modules, "docstrings", unit="module", leave=False, disable=None):
-        parts = [f"{title}\n\n{text}" for title, text in _parse(name, path) if _is_new(text, seen)]
-        document = "\n\n\n".join(parts)
-        if len(document) >= MIN_CHARACTERS:
-            yield name, document
+    return sorted(modules, key=lambda module: hashlib.sha1(module[0].encode()).digest())
 
 
 def _find_modules(package: str) -> list[tuple[str, Path]]:

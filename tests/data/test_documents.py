@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from opt_deus_jax.data.documents import Document, is_held_out, read_documents
+from opt_deus_jax.data.documents import ENDINGS, Document, is_held_out, read_documents
+from opt_deus_jax.data.sources import find_sources, fingerprint
 from opt_deus_jax.errors import UserError
 
 ROWS = [{"id": f"row{i}", "text": f"text {i} é\u2028\n" * 50} for i in range(20)]
@@ -31,7 +32,8 @@ def write(path: Path, lines: bytes = LINES) -> Path:
 
 
 def read(*paths: Path, text_field: str = "text") -> list[Document]:
-    return list(read_documents(",".join(map(str, paths)), text_field))
+    sources = find_sources(",".join(map(str, paths)), ENDINGS)
+    return [document for source in sources for document in read_documents(source, text_field)]
 
 
 JSONL = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz"]
@@ -70,7 +72,8 @@ def test_zstandard_files_of_several_frames_are_read_whole(tmp_path: Path):
 
 def test_reading_is_lazy(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", b'{"text": "good"}\nbad\n')
-    assert next(read_documents(str(path), "text")).text == "good"
+    (source,) = find_sources(str(path), ENDINGS)
+    assert next(read_documents(source, "text")).text == "good"
 
 
 @pytest.mark.parametrize("name", [*JSONL[1:], "a.parquet"])
@@ -109,12 +112,12 @@ def test_parquet_without_the_field_is_named(tmp_path: Path):
 def test_paths_are_checked_before_anything_is_read(tmp_path: Path):
     good = write(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"absent.txt: no such file"):
-        next(read_documents(f"{good},{tmp_path}/absent.txt", "text"))
+        find_sources(f"{good},{tmp_path}/absent.txt", ENDINGS)
 
 
 def test_unusable_sources(tmp_path: Path):
     with pytest.raises(UserError, match="no text is named"):
-        read_documents(" , ", "text").__next__()
+        find_sources(" , ", ENDINGS)
     with pytest.raises(UserError, match="a.csv: unknown kind of file: use .txt, "):
         read(write(tmp_path / "a.csv"))
     (tmp_path / "empty").mkdir()
@@ -130,6 +133,19 @@ def test_unreadable_file_is_named(tmp_path: Path):
     path.chmod(0)
     with pytest.raises(UserError, match="cannot be read"):
         read(path)
+
+
+def test_fingerprint_is_of_the_content(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl")
+    (source,) = find_sources(str(path), ENDINGS)
+    before = fingerprint(source)
+    os.utime(path, (0, 0))
+    assert fingerprint(source) == before
+    path.write_bytes(LINES[:-2] + b" \n")
+    assert fingerprint(source) != before
+    path.unlink()
+    with pytest.raises(UserError, match="a.jsonl: cannot be read"):
+        fingerprint(source)
 
 
 def test_split_takes_its_share_and_never_changes():

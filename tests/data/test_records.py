@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from opt_deus_jax.config import DataConfig
-from opt_deus_jax.data import documents, records
-from opt_deus_jax.data.documents import is_held_out, read_documents
-from opt_deus_jax.data.records import Records, load_records, prepare_records
+from opt_deus_jax.data import chunks, preparation
+from opt_deus_jax.data.documents import ENDINGS, is_held_out, read_documents
+from opt_deus_jax.data.preparation import prepare_records
+from opt_deus_jax.data.records import Records, load_records
+from opt_deus_jax.data.sources import find_sources
+from opt_deus_jax.data.writers import TextWriter
 from opt_deus_jax.errors import UserError
 
 EOS = 256
@@ -63,7 +66,7 @@ def prepare(directory: Path, data: DataConfig, tokenizer: ByteEncoder | None = N
 
 def expected_tokens(corpus: Path, held_out: bool) -> list[int]:
     tokens: list[int] = []
-    for document in read_documents(str(corpus), "text"):
+    for document in read_documents(find_sources(str(corpus), ENDINGS)[0], "text"):
         if is_held_out(document.id, 0.2) == held_out:
             tokens += [*document.text.encode(), EOS]
     return tokens
@@ -90,8 +93,8 @@ def test_every_token_is_predicted_exactly_once(tmp_path: Path, corpus: Path):
 def test_two_workers_write_the_same_files(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(documents, "_CHUNK_CHARACTERS", 100)
-    monkeypatch.setattr(documents, "_MIN_PARALLEL_CHARACTERS", 300)
+    monkeypatch.setattr(chunks, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "_MIN_PARALLEL_CHARACTERS", 300)
     for max_train_tokens in (0, 30 * LENGTH):
         infos = []
         for num_workers in (1, 2):
@@ -103,15 +106,15 @@ def test_two_workers_write_the_same_files(
 
 
 def test_dead_worker(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(documents, "_CHUNK_CHARACTERS", 100)
-    monkeypatch.setattr(documents, "_MIN_PARALLEL_CHARACTERS", 300)
+    monkeypatch.setattr(chunks, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "_MIN_PARALLEL_CHARACTERS", 300)
     with pytest.raises(UserError, match="worker process died.*num_workers=1"):
         prepare(tmp_path / "records", make_config(corpus, num_workers=2), DyingEncoder())
     assert not list((tmp_path / "records").iterdir())
 
 
 def test_limits_stop_the_reading(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(documents, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "_CHUNK_CHARACTERS", 100)
     with corpus.open("a") as file:
         file.write("this line is never reached")
     data = make_config(corpus, max_train_tokens=4 * LENGTH + 3, max_held_out_tokens=2 * LENGTH)
@@ -127,7 +130,7 @@ def test_limits_stop_the_reading(tmp_path: Path, corpus: Path, monkeypatch: pyte
 
 def expected_tokens_prefix(corpus: Path, count: int, held_out: bool) -> list[int]:
     tokens: list[int] = []
-    for document in read_documents(str(corpus), "text"):
+    for document in read_documents(find_sources(str(corpus), ENDINGS)[0], "text"):
         if is_held_out(document.id, 0.2) == held_out:
             tokens += [*document.text.encode(), EOS]
         if len(tokens) >= count:
@@ -156,7 +159,7 @@ def test_highest_token_survives(tmp_path: Path, corpus: Path, vocabulary: int, d
 def test_second_run_does_nothing(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):
     data = make_config(corpus)
     info = prepare(tmp_path / "records", data)
-    monkeypatch.setattr(records, "tokenize", None)
+    monkeypatch.setattr(preparation, "encode_chunks", None)
     data.num_workers, data.seed = 2, 5
     assert prepare(tmp_path / "records", data) == info
 
@@ -176,6 +179,42 @@ def test_other_settings_are_refused(tmp_path: Path, corpus: Path, field: str, va
         prepare(tmp_path / "records", make_config(corpus, **{field: value}))
 
 
+def test_text_that_has_changed_is_refused(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(chunks, "_CHUNK_CHARACTERS", 100)
+    unread = tmp_path / "unread.txt"
+    unread.write_text("not reached")
+    data = make_config(corpus, max_train_tokens=64, max_held_out_tokens=16)
+    data.train = f"{corpus},{unread}"
+    info = prepare(tmp_path / "records", data)
+    assert [name for name, _ in info.sources["train"]] == ["corpus.jsonl", "unread.txt"]
+    assert info.sources["train"][1][1] is None
+    os.utime(corpus, (0, 0))
+    unread.write_text("changed, but never read")
+    assert prepare(tmp_path / "records", data) == info
+    whole = corpus.read_bytes()
+    corpus.write_bytes(whole.replace(b"document 7 ", b"document 8 "))
+    with pytest.raises(UserError, match="corpus.jsonl: has changed since .*another --workdir"):
+        prepare(tmp_path / "records", data)
+    corpus.write_bytes(whole)
+    prepare(tmp_path / "records", data)
+    unread.rename(tmp_path / "renamed.txt")
+    data.train = f"{corpus},{tmp_path}/renamed.txt"
+    with pytest.raises(UserError, match="train .*renamed.txt"):
+        prepare(tmp_path / "records", data)
+
+
+def test_file_added_to_the_folder_is_noticed(tmp_path: Path, corpus: Path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    corpus = corpus.rename(folder / corpus.name)
+    prepare(tmp_path / "records", make_config(folder))
+    (folder / "more.txt").write_text("more")
+    with pytest.raises(UserError, match="data.train named 1 files .* names 2 or others now"):
+        prepare(tmp_path / "records", make_config(folder))
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path, corpus: Path):
     prepare(tmp_path / "records", make_config(corpus))
     with pytest.raises(UserError, match="tokenizer_sha256"):
@@ -192,7 +231,7 @@ def test_interrupted_write_leaves_nothing_that_looks_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(records if stage == "_write_info" else records._SplitWriter, stage, interrupt)
+        patch.setattr(preparation if stage == "_write_info" else TextWriter, stage, interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "records", make_config(corpus))
     assert not list((tmp_path / "records").glob("*.tmp"))
@@ -274,7 +313,7 @@ def test_damaged_files_are_noticed(tmp_path: Path, corpus: Path):
     with pytest.raises(UserError, match="train.bin: no such records"):
         load_records(directory, "train")
     (directory / "records.json").write_text('{"settings": {}}')
-    with pytest.raises(UserError, match="not a list of records: delete"):
+    with pytest.raises(UserError, match="not a list of records of this version: delete"):
         load_records(directory, "train")
 
 
