@@ -1,21 +1,58 @@
-"""Training checkpoints: thin functions over Orbax V1.
+"""Training checkpoints: thin functions over Orbax V1, on all processes together.
 
-One step holds four items: the pytrees `trainable` and `optimizer_state`, the Grain iterator `data`
-and the JSON `metadata`. Frozen parameters are in none: they are those of the model that is trained.
+One step holds the state as the pytrees `trainable` and `optimizer_state`, and as JSON `data`
+(where the iterator is) and `metadata`, with checksums of all. Frozen parameters are in none: they
+are those of the model that is trained.
 """
 
-from collections.abc import Mapping
+import functools
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
 
+from opt_deus_jax.checkpoints.checksum import tree_checksums
+from opt_deus_jax.checkpoints.saved_step import (
+    METRIC,
+    SavedStep,
+    attempt,
+    find_step,
+    load_arrays,
+    load_some,
+    orbax_context,
+    read_step,
+    seal,
+    step_folders,
+    wrong_checksum,
+)
 from opt_deus_jax.errors import UserError
 
 Checkpointer = ocp.training.Checkpointer
+DAMAGED_FOLDER = "damaged_checkpoints"
+
 _save_policies = ocp.training.save_decision_policies
 _keep_policies = ocp.training.preservation_policies
+
+
+class Restored(NamedTuple):
+    """What `restore` found.
+
+    Attributes:
+        step: Optimizer steps made.
+        trees: The pytrees by name.
+        metadata: As it was given to `save`.
+    """
+
+    step: int
+    trees: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def open_checkpointer(
@@ -23,29 +60,62 @@ def open_checkpointer(
 ) -> Checkpointer:
     """Opens a folder of checkpoints for writing; it belongs to the caller alone.
 
+    Checkpoints of which all but the arrays is damaged are reported and moved to
+    `damaged_checkpoints` beside the folder.
+
     Args:
         directory: The folder, made where it does not exist. What a killed process left unfinished
             in it is removed.
         save_every: Steps between checkpoints.
         last_step: Saved as well.
-        keep: How many of the latest are kept.
+        keep: How many of the latest are kept, beside the one with the lowest held-out loss.
 
     Returns:
         A context manager that waits, on leaving, for what is being written.
+
+    Raises:
+        UserError: There are checkpoints, and all are damaged; they stay where they are.
     """
-    when = _save_policies.AnySavePolicy(
+    folders = step_folders(directory)
+    reasons = [_agree(attempt(functools.partial(read_step, folder))[1]) for folder in folders]
+    damaged = [(f, reason) for f, reason in zip(folders, reasons, strict=True) if reason]
+    if damaged and len(damaged) == len(folders):
+        raise _all_damaged(directory, damaged)
+    _set_aside(damaged)
+    # Any: Orbax's own policies do not have the types that its Checkpointer asks for.
+    when: Any = _save_policies.AnySavePolicy(
         [
             _save_policies.FixedIntervalPolicy(save_every),
             _save_policies.SpecificStepsPolicy((last_step,)),
-            _save_policies.PreemptionCheckpointingPolicy(),
         ]
     )
-    return _checkpointer(directory, when, _keep_policies.LatestN(keep), remove_unfinished=True)
+    best = _keep_policies.BestN(
+        get_metric_fn=lambda metrics: metrics[METRIC],
+        # Orbax keeps the end of the list.
+        reverse=True,
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    kept: Any = _keep_policies.AnyPreservationPolicy([_keep_policies.LatestN(keep), best])
+    return Checkpointer(
+        str(directory.absolute()),
+        context=orbax_context(),
+        save_decision_policy=when,
+        preservation_policy=kept,
+        cleanup_tmp_directories=True,
+    )
 
 
 def latest_step(checkpointer: Checkpointer) -> int | None:
-    """The step of the latest finished checkpoint, None where there is none."""
+    """The step of the latest checkpoint, None where there is none."""
     return None if checkpointer.latest is None else checkpointer.latest.step
+
+
+def best_step(checkpointer: Checkpointer) -> int | None:
+    """The step with the lowest held-out loss, the later of equals; None where none has one."""
+    metrics: dict[int, Any] = {c.step: c.metrics for c in checkpointer.checkpoints if c.metrics}
+    losses = {step: values[METRIC] for step, values in metrics.items()}
+    return min(losses, key=lambda step: (losses[step], -step), default=None)
 
 
 def save(
@@ -54,53 +124,91 @@ def save(
     trees: Mapping[str, Any],
     data: Any,
     metadata: dict[str, Any],
+    held_out_loss: float | None,
 ) -> None:
     """Starts to write a checkpoint, and returns as soon as the caller may go on.
 
     Args:
-        checkpointer: From `open_checkpointer`.
+        checkpointer: From `open_checkpointer`; its `should_save(step)` says when to save, but any
+            step after the latest may be saved.
         step: Steps made.
         trees: Pytrees of arrays by name, which may be donated afterwards; they may have None
             holes.
-        data: The Grain iterator.
+        data: The iterator, at the same place on all processes: its `get_state()` is JSON.
         metadata: Anything that JSON holds.
+        held_out_loss: That of this step; with None, or a number that is not finite, it is no
+            candidate for the best.
     """
-    items = {**trees, "data": data, "metadata": metadata}
-    checkpointer.save_checkpointables_async(step, items)
-
-
-def load_metadata(checkpointer: Checkpointer, step: int) -> dict[str, Any]:
-    """Reads the metadata of a checkpoint."""
-    return checkpointer.load_checkpointables(step, {"metadata": None})["metadata"]
+    if held_out_loss is not None and not math.isfinite(held_out_loss):
+        held_out_loss = None
+    sealed, place = seal(
+        {
+            "metadata": metadata,
+            "data": data.get_state(),
+            METRIC: held_out_loss,
+            "checksums": tree_checksums(dict(trees)),
+        }
+    )
+    checkpointer.save_checkpointables_async(
+        step,
+        {**trees, "data": place, "metadata": sealed},
+        force=True,
+        metrics=None if held_out_loss is None else {METRIC: held_out_loss},
+    )
 
 
 def restore(
-    checkpointer: Checkpointer, step: int, trees: Mapping[str, Any], data: Any
-) -> dict[str, Any]:
-    """Reads a checkpoint.
+    checkpointer: Checkpointer,
+    trees: Mapping[str, Any],
+    data: Any,
+    accept: Callable[[SavedStep], None],
+) -> Restored | None:
+    """Reads the latest checkpoint that is whole, the same on all processes.
+
+    Damaged ones after it are reported and moved to `damaged_checkpoints` beside the folder. Where
+    none is whole all stay where they are.
 
     Args:
         checkpointer: From `open_checkpointer`.
-        step: Which one.
-        trees: Pytrees of arrays like those that were saved; they are given up, and what is read
-            takes their places on the devices.
-        data: The Grain iterator, which is moved to where it was.
+        trees: Pytrees like those that were saved: arrays, which are given up where there is a
+            checkpoint, or `jax.ShapeDtypeStruct`. They have shardings, which need not be those
+            that were saved.
+        data: The iterator, which is moved to where it was.
+        accept: Raises `UserError` for a checkpoint that belongs to something else.
 
     Returns:
-        The trees that were saved.
+        None where there is no checkpoint.
+
+    Raises:
+        UserError: All checkpoints are damaged.
     """
     # With the shardings: Orbax would take those in the file, which name the devices of the process
     # that wrote it.
-    items = {
-        name: jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
-        )
-        for name, tree in trees.items()
-    }
-    for leaf in jax.tree.leaves(dict(trees)):
-        leaf.delete()
-    restored = checkpointer.load_checkpointables(step, {**items, "data": data})
-    return {name: restored[name] for name in trees}
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        dict(trees),
+    )
+    damaged: list[tuple[Path, str]] = []
+    for checkpoint in reversed(checkpointer.checkpoints):
+        folder = Path(str(checkpoint.path))
+        saved, reason = attempt(functools.partial(read_step, folder))
+        reason = _agree(reason)
+        restored = None
+        if saved is not None and reason is None:
+            accept(saved)
+            _give_up(trees)
+            restored, reason = attempt(functools.partial(load_arrays, saved, abstract))
+            reason = _agree(reason) or wrong_checksum(restored, saved)
+        if saved is not None and restored is not None and reason is None:
+            _set_aside(damaged)
+            checkpointer.reload()
+            data.set_state(saved.data)
+            return Restored(saved.step, restored, saved.metadata)
+        _give_up(restored)
+        damaged.append((folder, str(reason)))
+    if damaged:
+        raise _all_damaged(Path(str(checkpointer.directory)), damaged)
+    return None
 
 
 def load_trainable(directory: Path, trainable: Any) -> tuple[int, Any, dict[str, Any]]:
@@ -114,34 +222,50 @@ def load_trainable(directory: Path, trainable: Any) -> tuple[int, Any, dict[str,
         (step, trainable, metadata).
 
     Raises:
-        UserError: There is no checkpoint.
+        UserError: There is no checkpoint, or it is damaged.
     """
-    missing = UserError(f"{directory}: no checkpoint here: run experiments.train first")
-    if not directory.is_dir():
-        raise missing
-    never = _save_policies.SpecificStepsPolicy(())
-    keep_all = _keep_policies.PreserveAll()
-    with _checkpointer(directory, never, keep_all, remove_unfinished=False) as checkpointer:
-        step = latest_step(checkpointer)
-        if step is None:
-            raise missing
-        items = {"trainable": trainable, "metadata": None}
-        restored = checkpointer.load_checkpointables(step, items)
-    return step, restored["trainable"], restored["metadata"]
+    saved = find_step(directory, "latest")
+    return saved.step, load_some(saved, {"trainable": trainable})["trainable"], saved.metadata
 
 
-def _checkpointer(
-    directory: Path, when: Any, preservation: Any, *, remove_unfinished: bool
-) -> Checkpointer:
-    # By default a dict is a pytree to Orbax, which stores its numbers as arrays.
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="metadata")
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    return Checkpointer(
-        str(directory.absolute()),
-        context=context,
-        save_decision_policy=when,
-        preservation_policy=preservation,
-        cleanup_tmp_directories=remove_unfinished,
+def _agree(reason: str | None) -> str | None:
+    """One answer on all processes: the reason of any of them that has one."""
+    if jax.process_count() == 1:
+        return reason
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(reason is not None)))
+    if not failed.size:
+        return None
+    return reason or f"process {failed[0]} cannot read it"
+
+
+def _give_up(trees: Any) -> None:
+    for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
+
+
+def _all_damaged(directory: Path, damaged: Sequence[tuple[Path, str]]) -> UserError:
+    reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in damaged)
+    return UserError(
+        f"{directory}: every checkpoint is damaged ({reasons}); put back a whole one, or remove "
+        "the folder to train from the start"
     )
+
+
+def _set_aside(damaged: Sequence[tuple[Path, str]]) -> None:
+    """Moves damaged checkpoints out of the way; nothing that was saved is deleted."""
+    if not damaged:
+        return
+    if jax.process_index() == 0:
+        for folder, reason in damaged:
+            kept_in = folder.parent.parent / DAMAGED_FOLDER
+            kept_in.mkdir(exist_ok=True)
+            earlier = len(list(kept_in.glob(f"{folder.name}*")))
+            target = kept_in / (f"{folder.name}_{earlier + 1}" if earlier else folder.name)
+            folder.rename(target)
+            tqdm.write(
+                f"{folder}: this checkpoint is damaged ({reason}) and not used; it is now {target}",
+                file=sys.stderr,
+            )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
