@@ -7,13 +7,15 @@ Writes WORKDIR/expanded: a Hugging Face folder with its manifest and a picture o
 import tqdm
 
 from opt_deus_jax import launch
+from opt_deus_jax.checkpoints.manifest import manifest_of
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
 from opt_deus_jax.reporting.tables import diagnostics_table, identity_line, show
+from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.expand import expand_checkpoint
-from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
-from opt_deus_jax.upscaling.methods import resolve_method
+from opt_deus_jax.upscaling.layout import LayerOrigin
+from opt_deus_jax.upscaling.methods import plan_layers, resolve_method
 from opt_deus_jax.upscaling.probe import probe_tokens
 
 launch.define_flags()
@@ -29,10 +31,12 @@ def main() -> None:
     source = open_checkpoint(experiment.base)
     model = read_model_config(source.hf_config)
     upscale = experiment.upscale
-    layout = resolve_method(upscale).layout
-    depth = len(plan_layout(layout, model.num_layers, upscale.num_new_layers, upscale.gaps))
+    grown_before = manifest_of(source) if upscale.method == "base" else None
+    layers = plan_layers(upscale, model.num_layers, grown_before)
+    # What cannot be trained is better known before the work than after it.
+    select_trained(model, [layer.is_new for layer in layers], resolve_method(upscale).trained)
     probe_BT = probe_tokens(source)
-    with tqdm.tqdm(total=depth, desc="expand", unit="layer") as bar:
+    with tqdm.tqdm(total=len(layers), desc="expand", unit="layer") as bar:
 
         def on_layer(origin: LayerOrigin) -> None:
             bar.set_postfix_str(f"depth {origin.depth}")

@@ -6,13 +6,20 @@ python -m experiments.plan --config=configs/llama3.py:8b_shape
 from pathlib import Path
 
 from opt_deus_jax import launch
-from opt_deus_jax.checkpoints.opening import read_config_only
+from opt_deus_jax.checkpoints.manifest import Manifest, manifest_of
+from opt_deus_jax.checkpoints.opening import open_checkpoint, read_config_only
 from opt_deus_jax.models.accounting import count_costs
 from opt_deus_jax.reporting.tables import costs_table, layer_table, show
-from opt_deus_jax.upscaling.layout import plan_layout
-from opt_deus_jax.upscaling.methods import resolve_method
+from opt_deus_jax.training.segments import select_trained
+from opt_deus_jax.upscaling.methods import plan_layers, resolve_method
 
 launch.define_flags(needs_workdir=False)
+
+
+def _manifest_of_base(base: str) -> Manifest | None:
+    path = Path(base).expanduser()
+    has_no_weights = path.is_dir() and not list(path.glob("*.safetensors"))
+    return None if path.suffix == ".json" or has_no_weights else manifest_of(open_checkpoint(base))
 
 
 def main() -> None:
@@ -21,21 +28,22 @@ def main() -> None:
     _, model = read_config_only(experiment.base)
     method = resolve_method(experiment.upscale)
     upscale = experiment.upscale
-    layers = plan_layout(method.layout, model.num_layers, upscale.num_new_layers, upscale.gaps)
-    train_all = method.trained == "all"
-    is_trained = [train_all or layer.is_new for layer in layers]
+    grown_before = _manifest_of_base(experiment.base) if upscale.method == "base" else None
+    layers = plan_layers(upscale, model.num_layers, grown_before)
+    trained = select_trained(model, [layer.is_new for layer in layers], method.trained)
     costs = count_costs(
         model,
-        is_trained,
-        outer_trained=train_all,
+        trained.outer,
+        trained.blocks,
         sequence_length=experiment.data.sequence_length,
         frozen_bytes=4 if experiment.training.frozen_dtype == "float32" else 2,
+        remat=experiment.training.remat,
     )
     name = Path(experiment.base).stem if experiment.base.endswith(".json") else experiment.base
     show(
         layer_table(
             layers,
-            is_trained,
+            trained.blocks,
             f"{name}: {model.num_layers} -> {len(layers)} layers, {upscale.method}, "
             f"layout {method.layout}",
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_deus_jax.checkpoints.hf import write_json
+from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.errors import UserError
 
 FILE_NAME = "upscale_manifest.json"
@@ -100,9 +101,30 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / FILE_NAME
     try:
-        content = json.loads(path.read_text())
+        return _decode(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run experiments.expand first") from None
+
+
+def manifest_of(source: CheckpointSource) -> Manifest | None:
+    """The manifest that a checkpoint carries.
+
+    Args:
+        source: A checkpoint.
+
+    Returns:
+        The manifest; None where the checkpoint is not a grown model.
+
+    Raises:
+        UserError: It is damaged or of another format.
+    """
+    if FILE_NAME not in source.side_files:
+        return None
+    return _decode(source.side_files[FILE_NAME], f"{source.name}/{FILE_NAME}")
+
+
+def _decode(content: bytes, where: str) -> Manifest:
+    try:
+        return parse_manifest(json.loads(content), where)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); expand the base again") from None
-    return parse_manifest(content, str(path))
+        raise UserError(f"{where}: not valid JSON ({error}); expand the base again") from None

@@ -1,21 +1,32 @@
-"""Parameters, FLOPs and memory of a network, from its shape alone."""
+"""Parameters, FLOPs and memory of a network, from its shape and what of it is trained."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.models.params import block_size, block_specs, outer_size
+from opt_deus_jax.models.params import block_size, block_specs, outer_size, outer_specs
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """What a network takes.
 
+    FLOPs are those of the matrix products, a token, where a multiply-add is two. Attention counts
+    every pair of tokens of a sequence, the masked half included, as utilisation is usually stated
+    (PaLM, arXiv 2204.02311, appendix B) and as the `reference` attention computes it; `cudnn` and
+    `splash` skip nearly half of it.
+
     Attributes:
         parameters: All parameters.
         trained_parameters: Those that are trained.
-        forward_flops: Floating-point operations a token of a forward pass (a multiply-add is 2).
-        backward_flops: The same for the backward pass, which ends at the lowest trained layer.
+        forward_flops: FLOPs a token of a forward pass.
+        backward_flops: FLOPs a token of what the gradients of the trained parameters need: each
+            trained kernel's own gradient, and the gradients of activations from the loss down to
+            the lowest trained parameter. A `lax.scan` treats its lowest block like the others, so
+            what runs has up to one block's gradients of activations more, where only a part of the
+            lowest trained block is trained.
+        recomputed_flops: FLOPs a token that rematerialisation repeats in the backward pass; no
+            part of the other two.
         expansion_bytes: Memory of expansion beyond the interpreter: two parents, the new block,
             the widest transport plan with its cost and work space, one vocabulary kernel.
         training_bytes: Memory of training beyond activations: frozen parameters, float32 masters,
@@ -26,57 +37,123 @@ class Costs:
     trained_parameters: int
     forward_flops: int
     backward_flops: int
+    recomputed_flops: int
     expansion_bytes: int
     training_bytes: int
 
+    @property
+    def model_flops(self) -> int:
+        """FLOPs a token that training cannot do without."""
+        return self.forward_flops + self.backward_flops
 
-def _attention_flops(config: ModelConfig, length: int) -> int:
-    # Scores and weighted sum over all keys, as computed without skipping the masked half.
-    return 2 * 2 * length * config.num_heads * config.head_dim
+
+def _kernel_flops(config: ModelConfig) -> dict[str, int]:
+    return {name: 2 * s.size for name, s in block_specs(config).items() if len(s.shape) == 2}
 
 
-def _block_matmul_flops(config: ModelConfig) -> int:
-    return 2 * sum(spec.size for spec in block_specs(config).values() if len(spec.shape) == 2)
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Which gradients of a block's activations are needed for what is trained at or below them."""
+
+    normed: bool
+    query: bool
+    key: bool
+    value: bool
+    attended: bool
+    mlp_normed: bool
+    gated: bool
+
+
+def _wanted(names: frozenset[str], has_trained_below: bool) -> _Wanted:
+    def trains(projection: str) -> bool:
+        return f"{projection}_kernel" in names or f"{projection}_bias" in names
+
+    normed = has_trained_below or "input_norm" in names
+    query, key, value = (normed or trains(name) for name in ("query", "key", "value"))
+    attended = query or key or value
+    mlp_normed = attended or trains("output") or "post_attention_norm" in names
+    gated = mlp_normed or trains("gate") or trains("up")
+    return _Wanted(normed, query, key, value, attended, mlp_normed, gated)
+
+
+def _block_backward(
+    config: ModelConfig, names: frozenset[str], wanted: _Wanted, attention_product: int
+) -> int:
+    kernel = _kernel_flops(config)
+    total = sum(flops for name, flops in kernel.items() if name in names)
+    passed = {
+        **dict.fromkeys(("query_kernel", "key_kernel", "value_kernel"), wanted.normed),
+        **dict.fromkeys(("gate_kernel", "up_kernel"), wanted.mlp_normed),
+        "output_kernel": wanted.attended,
+        "down_kernel": wanted.gated,
+    }
+    total += sum(kernel[name] for name, is_wanted in passed.items() if is_wanted)
+    # Gradients of the attention weights, and of what they are made from and applied to.
+    products = (wanted.query or wanted.key) + wanted.query + wanted.key + wanted.value
+    return total + products * attention_product
+
+
+def _block_recomputed(
+    config: ModelConfig, names: frozenset[str], wanted: _Wanted, attention_product: int, remat: str
+) -> int:
+    if remat == "matmuls":
+        # The weights are needed for every gradient through attention, what they are applied to
+        # only for the gradient of the kernel that comes next.
+        return attention_product * (wanted.attended + ("output_kernel" in names))
+    if remat == "block" and (wanted.gated or "down_kernel" in names):
+        kernel = _kernel_flops(config)
+        # No gradient needs the product that ends the block.
+        return sum(kernel.values()) - kernel["down_kernel"] + 2 * attention_product
+    return 0
 
 
 def count_costs(
     config: ModelConfig,
-    is_trained: Sequence[bool],
+    trained_outer: frozenset[str],
+    trained_blocks: Sequence[frozenset[str]],
     *,
-    outer_trained: bool,
     sequence_length: int,
     frozen_bytes: int,
+    remat: str = "none",
 ) -> Costs:
-    """Counts exactly what the segments of a training step compute.
+    """Counts exactly.
 
     Args:
         config: The network; its own depth is not used.
-        is_trained: For every layer whether it is trained.
-        outer_trained: Whether embedding, final norm and head are trained.
+        trained_outer: The trained parameters outside the blocks, of `outer_specs`; a tied
+            embedding is both ends of the network.
+        trained_blocks: For every layer from the bottom up, the trained parameters of its block, of
+            `block_specs`.
         sequence_length: Tokens a sequence.
         frozen_bytes: Bytes a frozen parameter.
+        remat: none, matmuls or block, as `training.remat`.
 
     Returns:
         The counts.
     """
-    depth = len(is_trained)
-    block_flops, attention = _block_matmul_flops(config), _attention_flops(config, sequence_length)
-    head_flops = 2 * config.vocabulary_size * config.width
-    parameters = depth * block_size(config) + outer_size(config)
-    trained = sum(is_trained) * block_size(config) + (outer_size(config) if outer_trained else 0)
-    lowest = 0 if outer_trained else next((i for i, t in enumerate(is_trained) if t), depth)
-    reached = depth - lowest
-    backward = (
-        reached * (block_flops + 2 * attention)
-        + sum(is_trained) * block_flops
-        + head_flops * (2 if outer_trained else 1)
-    )
-    widest = max(max(spec.shape[:1]) for spec in block_specs(config).values())
+    specs, outer = block_specs(config), outer_specs(config)
+    product = 2 * sequence_length * config.num_heads * config.head_dim
+    head = 2 * config.vocabulary_size * config.width
+    parameters = len(trained_blocks) * block_size(config) + outer_size(config)
+    trained = sum(outer[name].size for name in trained_outer)
+    has_trained_below = "embedding" in trained_outer
+    backward = recomputed = 0
+    for names in trained_blocks:
+        trained += sum(specs[name].size for name in names)
+        wanted = _wanted(names, has_trained_below)
+        backward += _block_backward(config, names, wanted, product)
+        recomputed += _block_recomputed(config, names, wanted, product, remat)
+        has_trained_below = has_trained_below or bool(names)
+    head_is_trained = ("embedding" if config.tied_embeddings else "head") in trained_outer
+    backward += head * (head_is_trained + (has_trained_below or "final_norm" in trained_outer))
+    widest = max(max(spec.shape[:1]) for spec in specs.values())
+    block_forward = sum(_kernel_flops(config).values()) + 2 * product
     return Costs(
         parameters=parameters,
         trained_parameters=trained,
-        forward_flops=depth * (block_flops + attention) + head_flops,
-        backward_flops=backward if trained else 0,
+        forward_flops=len(trained_blocks) * block_forward + head,
+        backward_flops=backward,
+        recomputed_flops=recomputed,
         expansion_bytes=4
         * (3 * block_size(config) + 4 * widest**2 + config.vocabulary_size * config.width),
         training_bytes=(parameters - trained) * frozen_bytes + trained * 16,

@@ -11,17 +11,19 @@ from opt_deus_jax.upscaling.identity import IdentityReport
 from opt_deus_jax.upscaling.layout import LayerOrigin
 
 
-def layer_table(layers: Sequence[LayerOrigin], is_trained: Sequence[bool], title: str) -> Table:
-    """A line per layer of the grown model: what it is, and whether it is trained."""
+def layer_table(
+    layers: Sequence[LayerOrigin], trained: Sequence[frozenset[str]], title: str
+) -> Table:
+    """A line per layer of the grown model: what it is, and whether any of it is trained."""
     table = Table("depth", "layer", "parents", "", title=title)
-    for layer, trained in zip(layers, is_trained, strict=True):
+    for layer, names in zip(layers, trained, strict=True):
         if layer.base_layer is not None:
             kind, parents = f"base {layer.base_layer}", "copy" if layer.is_new else ""
         else:
             above = "none above" if layer.next is None else f"B = {layer.next}"
             kind, parents = "[bold green]new[/]", f"A = {layer.previous}, {above}"
         table.add_row(
-            str(layer.depth), kind, parents, "[green]trained[/]" if trained else "[dim]frozen[/]"
+            str(layer.depth), kind, parents, "[green]trained[/]" if names else "[dim]frozen[/]"
         )
     return table
 
@@ -35,6 +37,7 @@ def costs_table(costs: Costs, title: str) -> Table:
         ("parameters trained", f"{costs.trained_parameters:,}"),
         ("FLOPs a token, forward", f"{costs.forward_flops:,}"),
         ("FLOPs a token, backward", f"{costs.backward_flops:,}"),
+        ("FLOPs a token, recomputed", f"{costs.recomputed_flops:,}"),
         ("memory of expansion", f"{costs.expansion_bytes / 2**30:.2f} GiB"),
         ("memory of training, without activations", f"{costs.training_bytes / 2**30:.2f} GiB"),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from opt_deus_jax.checkpoints.hf import create_directory, write_json, write_weights
-from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
+from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.training.segments import plan_segments, select_trained
@@ -72,7 +72,6 @@ def export_checkpoint(
             manifest.trained, f"Only the tensors named like `{manifest.trained}` were"
         )
         (partial / "README.md").write_text(f"{card}\n{kind} then trained for {step} steps.\n")
-        (partial / FILE_NAME).write_bytes((expanded_directory / FILE_NAME).read_bytes())
 
     create_directory(directory, sum(i.num_bytes for i in expanded.tensors.values()), fill)
     return Export(directory, step)

@@ -16,7 +16,12 @@ from opt_deus_jax.checkpoints.hf import (
     write_json,
     write_weights,
 )
-from opt_deus_jax.checkpoints.manifest import Manifest, software_versions, write_manifest
+from opt_deus_jax.checkpoints.manifest import (
+    Manifest,
+    manifest_of,
+    software_versions,
+    write_manifest,
+)
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
@@ -25,8 +30,8 @@ from opt_deus_jax.models.params import block_specs, outer_specs
 from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.fusion import Fused, fuse_blocks, transport_epsilon
 from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
-from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
-from opt_deus_jax.upscaling.methods import Method, resolve_method
+from opt_deus_jax.upscaling.layout import LayerOrigin
+from opt_deus_jax.upscaling.methods import Method, plan_layers, resolve_method
 
 Draw = Callable[[Path, dict[str, np.ndarray], dict[int, tuple[MatrixReport, ...]]], None]
 
@@ -248,7 +253,8 @@ def expand_checkpoint(
     """
     config = read_model_config(source.hf_config, f"{source.name}: config.json")
     method = resolve_method(upscale)
-    layers = plan_layout(method.layout, config.num_layers, upscale.num_new_layers, upscale.gaps)
+    grown_before = manifest_of(source) if upscale.method == "base" else None
+    layers = plan_layers(upscale, config.num_layers, grown_before)
     plan = _Plan(config, upscale, method, layers)
     reader = _Reader(source, plan, on_layer)
     tensors = [(name, info) for name, (info, _) in reader.planned.items()]
@@ -261,7 +267,7 @@ def expand_checkpoint(
         write_json(partial / "config.json", grown_hf_config(source.hf_config, len(layers)))
         grown = open_hf_directory(partial, str(directory))
         identity = compare_to_base(source, grown, probe_BT)
-        must_be_identical = method.zero_init or not any(layer.is_new for layer in layers)
+        must_be_identical = method.zero_init or upscale.method == "base"
         if must_be_identical and not identity.bit_identical:
             raise UserError(
                 f"{directory}: the grown model is not its base (logits differ by up to "

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from opt_deus_jax.checkpoints.manifest import Manifest
 from opt_deus_jax.config import AS_PUBLISHED, UpscaleConfig
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Method:
         weights: How a new layer is made from its parents: transport, average, copy_previous,
             copy_next, half_next or random; empty where no layer is fused.
         zero_init: Whether the kernels that end the residual branches start at zero.
-        trained: `new` or `all`.
+        trained: `new`, `all` or a regular expression, as `upscale.trained`.
     """
 
     layout: str
@@ -65,8 +67,6 @@ def resolve_method(config: UpscaleConfig) -> Method:
             f"config field upscale.num_new_layers={config.num_new_layers}: method 'base' adds no "
             "layer; set it to 0"
         )
-    if config.method == "base" and method.trained == "new":
-        raise UserError("config field upscale.trained='new': method 'base' adds no layer; use all")
     if config.method != "base" and not (config.num_new_layers or config.gaps):
         raise UserError(
             f"config field upscale.num_new_layers=0: method {config.method!r} needs at least one"
@@ -80,3 +80,41 @@ def resolve_method(config: UpscaleConfig) -> Method:
     if config.epsilon is not None and config.epsilon <= 0:
         raise UserError(f"config field upscale.epsilon={config.epsilon}: must be positive")
     return method
+
+
+def plan_layers(
+    config: UpscaleConfig, num_layers: int, base: Manifest | None
+) -> tuple[LayerOrigin, ...]:
+    """Lists the layers of the grown model from the embedding up.
+
+    Method `base` adds none: the layers that were new in a grown base stay its new ones.
+
+    Args:
+        config: The `upscale` part of an experiment.
+        num_layers: Depth of the base.
+        base: The manifest of the base, where the base is itself a grown model.
+
+    Returns:
+        One origin per layer.
+
+    Raises:
+        UserError: As `resolve_method` and `plan_layout`; or only new layers are to be trained and
+            there is none; or the manifest is of another model.
+    """
+    method = resolve_method(config)
+    layers = plan_layout(method.layout, num_layers, config.num_new_layers, config.gaps)
+    if config.method != "base":
+        return layers
+    if base is not None:
+        if len(base.is_new) != num_layers:
+            raise UserError(
+                f"config field base: its manifest lists {len(base.is_new)} layers, its config.json "
+                f"{num_layers}; the two do not belong together, expand again"
+            )
+        layers = tuple(
+            dataclasses.replace(layer, is_new=is_new)
+            for layer, is_new in zip(layers, base.is_new, strict=True)
+        )
+    if method.trained == "new" and not any(layer.is_new for layer in layers):
+        raise UserError("config field upscale.trained='new': method 'base' adds no layer; use all")
+    return layers

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from opt_deus_jax.checkpoints.hf import open_hf_directory
 from opt_deus_jax.checkpoints.manifest import (
     FILE_NAME,
     Manifest,
+    manifest_of,
     parse_manifest,
     read_manifest,
     software_versions,
@@ -14,6 +16,7 @@ from opt_deus_jax.checkpoints.manifest import (
 )
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.upscaling.layout import plan_layout
+from tests.llama_checkpoints import hf_config, random_tensors, write_directory
 
 MANIFEST = Manifest(
     method="opt_deus",
@@ -60,6 +63,16 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(UserError, match=f"{FILE_NAME}: not .*again") as caught:
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_carries_that_of_its_folder(tmp_path):
+    directory = write_directory(tmp_path / "grown", hf_config(), random_tensors(hf_config()))
+    assert manifest_of(open_hf_directory(directory, "grown")) is None
+    write_manifest(directory, MANIFEST)
+    assert manifest_of(open_hf_directory(directory, "grown")) == MANIFEST
+    (directory / FILE_NAME).write_text("{")
+    with pytest.raises(UserError, match=f"^grown/{FILE_NAME}: not valid JSON"):
+        manifest_of(open_hf_directory(directory, "grown"))
 
 
 def test_a_folder_without_one_is_refused(tmp_path):

@@ -1,10 +1,34 @@
-import jax
-import pytest
+import functools
+from collections.abc import Sequence
+from typing import Any
 
-from opt_deus_jax.models.accounting import count_costs
-from opt_deus_jax.models.language_model import init_params
-from opt_deus_jax.models.model_config import read_model_config
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from opt_deus_jax.config import TrainingConfig
+from opt_deus_jax.models.accounting import Costs, count_costs
+from opt_deus_jax.models.block import root_mean_square_norm
+from opt_deus_jax.models.language_model import (
+    apply_block,
+    causal_inputs,
+    init_params,
+    project_to_vocabulary,
+)
+from opt_deus_jax.models.model_config import ModelConfig, read_model_config
+from opt_deus_jax.models.params import block_specs, outer_specs
+from opt_deus_jax.training.segments import (
+    TrainedNames,
+    partition,
+    plan_segments,
+    select_trained,
+    trained_mask,
+)
+from opt_deus_jax.training.step import loss_fn
 from opt_deus_jax.upscaling.layout import plan_layout
+from tests.jaxprs import matmul_flops
 from tests.llama_checkpoints import hf_config
 
 LLAMA_1B = hf_config(vocab_size=128256, hidden_size=2048, intermediate_size=8192,
@@ -13,16 +37,27 @@ LLAMA_1B = hf_config(vocab_size=128256, hidden_size=2048, intermediate_size=8192
 LLAMA_8B = hf_config(vocab_size=128256, hidden_size=4096, intermediate_size=14336,
                      num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
                      tie_word_embeddings=False)  # fmt: skip
+BATCH, LENGTH = 2, 6
 
 
-def costs(config, is_trained, outer_trained=False, length=8):
+def costs_of(
+    config: ModelConfig, names: TrainedNames, length: int = LENGTH, remat: str = "none"
+) -> Costs:
     return count_costs(
-        read_model_config(config),
-        is_trained,
-        outer_trained=outer_trained,
+        config,
+        names.outer,
+        names.blocks,
         sequence_length=length,
         frozen_bytes=2,
+        remat=remat,
     )
+
+
+def costs(config: dict[str, Any], is_new: Sequence[bool], trained: str = "new", length: int = 8):
+    model = read_model_config(config)
+    if trained == "nothing":
+        return costs_of(model, TrainedNames(frozenset(), (frozenset(),) * len(is_new)), length)
+    return costs_of(model, select_trained(model, is_new, trained), length)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +73,8 @@ def test_the_published_sizes_are_met_exactly(config, num_new, base, grown):
     counted = costs(config, [layer.is_new for layer in layers])
     assert counted.parameters == grown
     assert counted.trained_parameters == grown - base
-    assert costs(config, [True] * depth, outer_trained=True).trained_parameters == base
-    assert costs(config, [False] * depth).parameters == base
+    assert costs(config, [False] * depth, "all").trained_parameters == base
+    assert costs(config, [False] * depth, "nothing").parameters == base
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -47,7 +82,13 @@ def test_the_published_sizes_are_met_exactly(config, num_new, base, grown):
 def test_parameters_are_those_that_init_makes(tied, biases):
     config = hf_config(tie_word_embeddings=tied, attention_bias=biases, mlp_bias=biases)
     made = jax.eval_shape(lambda: init_params(read_model_config(config), jax.random.key(0)))
-    assert costs(config, [True] * 6).parameters == sum(leaf.size for leaf in jax.tree.leaves(made))
+    total = sum(leaf.size for leaf in jax.tree.leaves(made))
+    assert costs(config, [True] * 6).parameters == total
+    assert costs(config, [True] * 6, "weight|bias").trained_parameters == total
+    norms = [
+        leaf for path, leaf in jax.tree.leaves_with_path(made) if path[-1].key.endswith("norm")
+    ]
+    assert costs(config, [True] * 6, "norm").trained_parameters == sum(x.size for x in norms)
 
 
 def test_a_small_example_counted_by_hand():
@@ -71,7 +112,7 @@ def test_a_small_example_counted_by_hand():
     assert counted.training_bytes == 2 * (parameters - block - 8) + 16 * (block + 8)
     assert counted.expansion_bytes == 4 * (3 * (block + 8) + 4 * 6**2 + 10 * 4)
 
-    everything = costs(config, [True] * 3, outer_trained=True, length=3)
+    everything = costs(config, [False] * 3, "all", length=3)
     assert everything.trained_parameters == parameters
     assert everything.backward_flops == 2 * everything.forward_flops
     assert everything.training_bytes == 16 * parameters
@@ -84,4 +125,145 @@ def test_new_layers_at_the_top_take_a_shorter_backward_pass():
     }
     assert backward["top"] < backward["middle"] < backward["bottom"]
     assert backward["top"] < backward["uniform"] < backward["bottom"]
-    assert costs(LLAMA_1B, [False] * 16).backward_flops == 0
+    assert (
+        costs(LLAMA_1B, [False] * 16, "nothing").model_flops
+        == costs(LLAMA_1B, [True] * 16).forward_flops
+    )
+
+
+TINY = read_model_config(
+    hf_config(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        attention_bias=True,
+    )  # fmt: skip
+)
+TIED = read_model_config(
+    hf_config(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+)
+
+
+def placed(layout: str) -> list[bool]:
+    return [origin.is_new for origin in plan_layout(layout, 6, 2)]
+
+
+def float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def split_params(config: ModelConfig, names: TrainedNames) -> tuple[Any, Any]:
+    """Shapes of the trainable and the frozen params, in segments."""
+    segments = plan_segments(names.blocks)
+    params: dict[str, Any] = {k: float32(spec.shape) for k, spec in outer_specs(config).items()}
+    params["segments"] = [
+        [
+            {k: float32((segment.repeats, *s.shape)) for k, s in block_specs(config).items()}
+            for _ in segment.pattern
+        ]
+        for segment in segments
+    ]
+    return partition(params, trained_mask(config, segments, names.outer))
+
+
+def flops_of_the_step(config: ModelConfig, names: TrainedNames, remat: str = "none") -> int:
+    """A token's matrix products in the loss and gradients that are trained with."""
+    trainable, frozen = split_params(config, names)
+    batch = {"tokens": jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)}
+    loss = functools.partial(loss_fn, config=config, training=TrainingConfig(remat=remat))
+    weights = float32((BATCH, LENGTH))
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(trainable, frozen, batch, weights)
+    return matmul_flops(jaxpr) // (BATCH * LENGTH)
+
+
+def flops_that_are_needed(config: ModelConfig, names: TrainedNames) -> int:
+    """The same of a network without scans and with plain cross-entropy."""
+    outer, specs = outer_specs(config), block_specs(config)
+    params = {("", name): float32(spec.shape) for name, spec in outer.items()}
+    for depth in range(len(names.blocks)):
+        params |= {(str(depth), name): float32(spec.shape) for name, spec in specs.items()}
+    is_trained = {
+        (where, name): name in (names.blocks[int(where)] if where else names.outer)
+        for where, name in params
+    }
+
+    def loss(trained: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+        merged = trained | frozen
+        positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], (BATCH, LENGTH))
+        inputs = causal_inputs(config, positions)
+        x = merged["", "embedding"][tokens[:, :-1]]
+        for depth in range(len(names.blocks)):
+            block = {name: merged[str(depth), name] for name in specs}
+            x, _ = apply_block(config, block, x, inputs)
+        x = root_mean_square_norm(x, merged["", "final_norm"], config.norm_epsilon)
+        logits = project_to_vocabulary(x, merged.get(("", "head"), merged["", "embedding"]))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return jnp.mean(losses)
+
+    trained = {key: params[key] for key in params if is_trained[key]}
+    frozen = {key: params[key] for key in params if not is_trained[key]}
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
+    closed = jax.make_jaxpr(jax.value_and_grad(loss))(trained, frozen, tokens)
+    used, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return matmul_flops(used) // (BATCH * LENGTH)
+
+
+SELECTIONS = [
+    *(("new", layout) for layout in ("top", "middle", "bottom", "top_and_bottom", "uniform")),
+    *(("new", "stack"), ("all", "stack"), ("norm|mlp", "top"), ("layernorm|bias", "top")),
+    *(("embed_tokens", "top"), (r"lm_head|[3-7].*(input_layernorm|q_proj)", "top")),
+]
+
+
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize(("trained", "layout"), SELECTIONS)
+def test_flops_are_those_of_the_step(config: ModelConfig, trained: str, layout: str):
+    names = select_trained(config, placed(layout), trained)
+    counted = costs_of(config, names)
+    assert counted.model_flops == flops_that_are_needed(config, names)
+    assert counted.model_flops == flops_of_the_step(config, names)
+
+
+PARTS = [
+    *("q_proj", "k_proj.weight", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("q_proj.bias", "input_layernorm", "post_attention_layernorm", "self_attn", "q_proj|v_proj"),
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_flops_of_a_part_of_the_lowest_block_are_those_needed(part: str):
+    names = select_trained(TINY, [False] * 4, rf"layers\.[13].*({part})")
+    counted = costs_of(TINY, names)
+    assert counted.model_flops == flops_that_are_needed(TINY, names)
+    # A scan asks its lowest block for the gradient of its input, which nothing needs.
+    frozen, lowest, *upper = names.blocks
+    as_scanned = TrainedNames(names.outer, (frozen, lowest | {"input_norm"}, *upper))
+    assert costs_of(TINY, as_scanned).model_flops == flops_of_the_step(TINY, names)
+
+
+@pytest.mark.parametrize("outer", ["lm_head", "model.norm", "model.norm|lm_head", "embed_tokens"])
+def test_flops_of_the_outer_parameters_are_those_needed(outer: str):
+    names = select_trained(TINY, [False] * 4, outer)
+    assert costs_of(TINY, names).model_flops == flops_that_are_needed(TINY, names)
+
+
+@pytest.mark.parametrize("remat", ["matmuls", "block"])
+@pytest.mark.parametrize(
+    ("trained", "layout"), [("new", "top"), ("new", "middle"), ("all", "stack"), ("norm", "top")]
+)
+def test_what_is_computed_twice_is_counted_apart(trained: str, layout: str, remat: str):
+    names = select_trained(TINY, placed(layout), trained)
+    counted = costs_of(TINY, names, remat=remat)
+    assert counted.model_flops == costs_of(TINY, names).model_flops
+    assert counted.recomputed_flops > 0
+    assert counted.model_flops + counted.recomputed_flops == flops_of_the_step(TINY, names, remat)

@@ -317,6 +317,16 @@ def test_method_base_gives_back_every_tensor_in_its_own_dtype(tmp_path, max_shar
         assert copy.read(name).tobytes() == array.tobytes()
 
 
+def test_a_grown_model_keeps_its_new_layers_when_it_is_a_base(tmp_path, base):
+    grown = expand(base, tmp_path / "grown", method="copy_next", num_new_layers=2)
+    source = open_checkpoint(str(tmp_path / "grown"))
+    made = expand(source, tmp_path / "again", method="base", trained="new")
+    assert made.identity.bit_identical
+    assert made.manifest.is_new == grown.manifest.is_new
+    assert [layer["base_layer"] for layer in made.manifest.layers] == list(range(8))
+    assert read_manifest(tmp_path / "again").method == "base"
+
+
 def test_progress_is_told_for_each_layer_in_order(tmp_path, base):
     seen = []
     expand_checkpoint(

@@ -1,8 +1,12 @@
+import dataclasses
+
 import pytest
 
+from opt_deus_jax.checkpoints.manifest import Manifest
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.upscaling.methods import METHODS, Method, resolve_method
+from opt_deus_jax.upscaling.layout import plan_layout
+from opt_deus_jax.upscaling.methods import METHODS, Method, plan_layers, resolve_method
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,8 @@ def test_each_choice_replaces_the_preset():
     assert resolve_method(config).zero_init is False
     config = UpscaleConfig(method="llama_pro", layout="explicit", gaps=(1,))
     assert resolve_method(config).layout == "explicit"
+    config = UpscaleConfig(method="solar", trained="mlp", num_new_layers=1)
+    assert resolve_method(config).trained == "mlp"
 
 
 @pytest.mark.parametrize(
@@ -45,10 +51,6 @@ def test_each_choice_replaces_the_preset():
         ({"method": "dus", "num_new_layers": 1}, "upscale.method='dus': use one of opt_deus,"),
         ({"method": "base", "num_new_layers": 1}, "num_new_layers=1: method 'base' adds no"),
         ({"method": "base", "layout": "explicit", "gaps": (1,)}, "method 'base' adds no layer"),
-        (
-            {"method": "base", "trained": "new"},
-            "upscale.trained=.new.: method .base. adds no layer",
-        ),
         ({"method": "opt_deus"}, "num_new_layers=0: method 'opt_deus' needs at least one"),
         ({"method": "opt_deus", "layout": "stack", "num_new_layers": 1}, "'solar' only"),
         ({"method": "solar", "layout": "top", "num_new_layers": 1}, "'solar' only"),
@@ -60,4 +62,37 @@ def test_each_choice_replaces_the_preset():
 def test_contradictions_are_refused(fields, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve_method(UpscaleConfig(**fields))
+    assert "\n" not in str(caught.value)
+
+
+def manifest_of_grown(num_layers: int, num_new: int) -> Manifest:
+    layers = plan_layout("top", num_layers, num_new)
+    entries = tuple(dataclasses.asdict(origin) for origin in layers)
+    return Manifest("opt_deus", {}, "new", entries, {}, {}, (), {})
+
+
+def test_method_base_keeps_as_new_what_was_new_in_a_grown_base():
+    grown = manifest_of_grown(3, 2)
+    layers = plan_layers(UpscaleConfig(method="base", trained="new"), 5, grown)
+    assert [layer.is_new for layer in layers] == [False, True, False, True, False]
+    assert [layer.base_layer for layer in layers] == [0, 1, 2, 3, 4]
+    assert plan_layers(UpscaleConfig(method="base"), 5, None) == plan_layout("top", 5, 0)
+
+
+def test_a_grown_base_that_grows_again_has_only_the_later_layers_new():
+    config = UpscaleConfig(method="opt_deus", num_new_layers=1)
+    assert plan_layers(config, 5, manifest_of_grown(3, 2)) == plan_layout("top", 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("trained", "manifest", "message"),
+    [
+        ("new", None, "upscale.trained='new': method 'base' adds no layer; use all"),
+        ("new", manifest_of_grown(5, 0), "upscale.trained='new': method 'base' adds no layer"),
+        ("all", manifest_of_grown(3, 1), "manifest lists 4 layers, its config.json 5"),
+    ],
+)
+def test_a_base_without_new_layers_cannot_train_them(trained, manifest, message):
+    with pytest.raises(UserError, match=message) as caught:
+        plan_layers(UpscaleConfig(method="base", trained=trained), 5, manifest)
     assert "\n" not in str(caught.value)
