@@ -41,7 +41,7 @@ def main() -> None:
             config,
             segments,
             dtype=jnp.dtype("float32"),
-            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
         )
         continuations = generate(
             params,

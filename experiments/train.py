@@ -1,9 +1,10 @@
-r"""Trains the new layers of a grown model (continual pre-training).
+r"""Trains a grown model: continual pre-training or fine-tuning, on one device or many.
 
 python -m experiments.train --config=configs/smollm2_135m.py:demo --workdir=runs/first
 Needs experiments.expand and experiments.prepare_data with the same flags. Run again after an
-interruption, it goes on from the latest checkpoint. Writes WORKDIR/checkpoints, metrics.jsonl,
-tensorboard and loss.png.
+interruption, on any number of devices and processes, it goes on from the latest checkpoint. Writes
+WORKDIR/checkpoints, metrics.jsonl, tensorboard, loss.png and, with --profile, profile. SIGTERM
+saves a checkpoint first and exits with status 143.
 """
 
 import hashlib

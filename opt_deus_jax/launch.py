@@ -15,11 +15,12 @@ from opt_deus_jax.errors import UserError
 CONFIG_FILE = "config.json"
 
 
-def define_flags(*, needs_workdir: bool = True) -> None:
+def define_flags(*, needs_workdir: bool = True, others: Sequence[str] = ()) -> None:
     """Defines `--config` and, where results are written, `--workdir`; both show in `--help`.
 
     Args:
         needs_workdir: Whether the launcher writes anything.
+        others: Flags that a module of the package defines, to be shown in `--help` too.
     """
     config_flags.DEFINE_config_file(
         "config", None, "configs/NAME.py[:variant]; fields: --config.upscale.method=... and so on."
@@ -29,7 +30,7 @@ def define_flags(*, needs_workdir: bool = True) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the experiment; all is written in it.")
         names.append("workdir")
     flags.mark_flags_as_required(names)
-    for name in names:
+    for name in (*names, *others):
         # absl's --help shows the flags of the main module, which it knows as argv[0].
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
@@ -84,7 +85,9 @@ def experiment_from_flags() -> Experiment:
     return experiment
 
 
-def start(fixed: Sequence[str], recorded: Sequence[str] = ()) -> tuple[Experiment, Path]:
+def start(
+    fixed: Sequence[str], recorded: Sequence[str] = (), *, is_writer: bool = True
+) -> tuple[Experiment, Path]:
     """Reads the flags and checks the experiment against what earlier launchers recorded.
 
     `config.json` in the work directory holds each part of the experiment that some launcher has
@@ -93,6 +96,7 @@ def start(fixed: Sequence[str], recorded: Sequence[str] = ()) -> tuple[Experimen
     Args:
         fixed: The fields of `Experiment` that this launcher and others depend on.
         recorded: Fields that this launcher records and checks in its own way.
+        is_writer: Whether this process records them; of several one does.
 
     Returns:
         The experiment and the work directory, which exists.
@@ -108,6 +112,8 @@ def start(fixed: Sequence[str], recorded: Sequence[str] = ()) -> tuple[Experimen
     for part in fixed:
         if part in before and before[part] != now[part]:
             raise UserError(_difference(part, before[part], now[part], path))
+    if not is_writer:
+        return experiment, workdir
     merged = before | {part: now[part] for part in (*fixed, *recorded)}
     workdir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -138,10 +138,14 @@ def open_hf_directory(directory: Path, name: str) -> CheckpointSource:
         with safe_open(shard_of[tensor], framework="np") as shard:
             return shard.get_tensor(tensor)
 
+    def read_slice(tensor: str, part: tuple[slice, ...]) -> np.ndarray:
+        with safe_open(shard_of[tensor], framework="np") as shard:
+            return shard.get_slice(tensor)[part]
+
     side_files = {
         file: (directory / file).read_bytes() for file in _SIDE_FILES if (directory / file).exists()
     }
-    return CheckpointSource(name, hf_config, tensors, read, side_files)
+    return CheckpointSource(name, hf_config, tensors, read, side_files, read_slice)
 
 
 def _plan_shards(

@@ -95,6 +95,7 @@ def _checked(source: CheckpointSource) -> CheckpointSource:
         {k: tensors[k] for k in expected},
         source.read,
         source.side_files,
+        source.read_slice,
     )
 
 

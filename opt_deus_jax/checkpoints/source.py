@@ -32,6 +32,8 @@ class CheckpointSource:
         read: Reads one tensor by name, in its own dtype (bfloat16 through ml_dtypes).
         side_files: Files that go with it unchanged (tokenizer, chat template, generation
             settings), by file name.
+        read_slice: Reads a part of a tensor, one slice an axis, and no other bytes of it; None
+            where the format has no rows of plain numbers.
     """
 
     name: str
@@ -39,3 +41,10 @@ class CheckpointSource:
     tensors: Mapping[str, TensorInfo]
     read: Callable[[str], np.ndarray]
     side_files: Mapping[str, bytes]
+    read_slice: Callable[[str, tuple[slice, ...]], np.ndarray] | None = None
+
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of a tensor, one slice an axis, in its own dtype."""
+        if self.read_slice is None:
+            return self.read(name)[part]
+        return self.read_slice(name, part)

@@ -5,9 +5,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from opt_deus_jax.models.attention import matmul_precision, reference_attention
+from opt_deus_jax.distributed.sharding import constrain, gather_width, num_shards
+from opt_deus_jax.models.attention import (
+    causal_attention,
+    matmul_precision,
+    reference_attention,
+)
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs
 from opt_deus_jax.models.rope import rotate
@@ -19,14 +24,17 @@ class BlockInputs(NamedTuple):
     Attributes:
         cos_BTF: Cosines of the rotary embedding.
         sin_BTF: Its sines.
-        allowed_BTS: Which keys each query may see.
-        cache_start: Where this call's keys go in the cache, int32 scalar; unused without a cache.
+        example_BT: Without a cache: which example each token belongs to, where a row holds several
+            that do not see each other.
+        allowed_BTS: With a cache: which of its places each query may see.
+        cache_start: With a cache: where this call's keys go, int32 scalar.
     """
 
     cos_BTF: Float[Array, "b t f"]
     sin_BTF: Float[Array, "b t f"]
-    allowed_BTS: Bool[Array, "b t s"]
-    cache_start: Array
+    example_BT: Int[Array, "b t"] | None = None
+    allowed_BTS: Bool[Array, "b t s"] | None = None
+    cache_start: Array | None = None
 
 
 class KeyValueCache(NamedTuple):
@@ -55,13 +63,27 @@ def root_mean_square_norm(
     return normed.astype(x.dtype) * scale
 
 
+def _write(cache: KeyValueCache, seen: KeyValueCache, cache_start: Array) -> KeyValueCache:
+    start = (0, cache_start, 0, 0)
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start),
+        cache,
+        seen,
+    )
+
+
 class DecoderBlock(nn.Module):
     """Attention and a gated MLP, each behind an RMSNorm and added to the residual stream.
 
     Its parameters are exactly `block_specs(config)`, flat, kernels [out, in].
+
+    Attributes:
+        config: The network.
+        attention: An implementation of `causal_attention`; with a cache it is always `reference`.
     """
 
     config: ModelConfig
+    attention: str = "reference"
 
     @nn.compact
     def __call__(
@@ -80,41 +102,68 @@ class DecoderBlock(nn.Module):
         Returns:
             The residual stream, and the keys and values that were attended to.
         """
-        config = self.config
+        specs, dtype = block_specs(self.config), x_BTD.dtype
         initializers = {
-            "normal": nn.initializers.normal(config.initializer_range),
+            "normal": nn.initializers.normal(self.config.initializer_range),
             "ones": nn.initializers.ones,
             "zeros": nn.initializers.zeros,
         }
         params = {
-            name: self.param(name, initializers[spec.init], spec.shape, jnp.float32)
-            for name, spec in block_specs(config).items()
+            # Cast first: what travels between devices is as small as what is multiplied.
+            name: gather_width(
+                self.param(name, initializers[spec.init], spec.shape, jnp.float32).astype(dtype),
+                spec.logical_axes,
+            )
+            for name, spec in specs.items()
         }
 
         def project(name: str, x: Array) -> Array:
-            kernel = params[f"{name}_kernel"].astype(x.dtype)
-            y = jnp.einsum("btd,od->bto", x, kernel, precision=matmul_precision(x.dtype))
+            kernel = params[f"{name}_kernel"]
+            y = jnp.einsum("btd,od->bto", x, kernel, precision=matmul_precision(dtype))
             bias = params.get(f"{name}_bias")
-            return y if bias is None else y + bias.astype(x.dtype)[None, None]
+            return y if bias is None else y + bias[None, None]
 
-        def split_heads(x: Array) -> Array:
-            return x.reshape(*x.shape[:2], -1, config.head_dim)
-
-        normed = root_mean_square_norm(x_BTD, params["input_norm"], config.norm_epsilon)
-        query = rotate(split_heads(project("query", normed)), inputs.cos_BTF, inputs.sin_BTF)
-        key = rotate(split_heads(project("key", normed)), inputs.cos_BTF, inputs.sin_BTF)
-        seen = KeyValueCache(key, split_heads(project("value", normed)))
-        if cache is not None:
-            start = (0, inputs.cache_start, 0, 0)
-            seen = jax.tree.map(
-                lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start),
-                cache,
-                seen,
-            )
-        attended = reference_attention(
-            query, seen.key_BSKH, seen.value_BSKH, inputs.allowed_BTS
-        ).reshape(*x_BTD.shape[:2], -1)
+        x_BTD = constrain(x_BTD, "batch", "length", "gathered_width")
+        normed = root_mean_square_norm(x_BTD, params["input_norm"], self.config.norm_epsilon)
+        query, key, value = (project(name, normed) for name in ("query", "key", "value"))
+        attended, seen = self._attend(query, key, value, inputs, cache)
         x_BTD = x_BTD + project("output", attended)
-        normed = root_mean_square_norm(x_BTD, params["post_attention_norm"], config.norm_epsilon)
+        x_BTD = constrain(x_BTD, "batch", "length", "gathered_width")
+        normed = root_mean_square_norm(
+            x_BTD, params["post_attention_norm"], self.config.norm_epsilon
+        )
         gated = jax.nn.silu(project("gate", normed)) * project("up", normed)
-        return x_BTD + project("down", gated), seen
+        x_BTD = x_BTD + project("down", constrain(gated, "batch", "length", "mlp"))
+        return constrain(x_BTD, "batch", "length", "gathered_width"), seen
+
+    def _attend(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        inputs: BlockInputs,
+        cache: KeyValueCache | None,
+    ) -> tuple[Array, KeyValueCache]:
+        def split_heads(x: Array, axis: str) -> Array:
+            return constrain(
+                x.reshape(*x.shape[:2], -1, self.config.head_dim),
+                *("batch", "length", axis, "head_dim"),
+            )
+
+        # Fewer heads of keys than devices: each device then holds them all.
+        kv_axis = (
+            "kv_heads" if self.config.num_kv_heads % num_shards("kv_heads") == 0 else "all_kv_heads"
+        )
+        query = rotate(split_heads(query, "heads"), inputs.cos_BTF, inputs.sin_BTF)
+        key = rotate(split_heads(key, kv_axis), inputs.cos_BTF, inputs.sin_BTF)
+        seen = KeyValueCache(key, split_heads(value, kv_axis))
+        if cache is None:
+            attended = causal_attention(query, *seen, inputs.example_BT, self.attention)
+        else:
+            assert inputs.cache_start is not None
+            assert inputs.allowed_BTS is not None
+            seen = _write(cache, seen, inputs.cache_start)
+            attended = reference_attention(query, *seen, inputs.allowed_BTS)
+        return constrain(
+            attended.reshape(*attended.shape[:2], -1), "batch", "length", "heads"
+        ), seen

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opt_deus_jax.distributed.sharding import constrain, gather_width
 from opt_deus_jax.models.attention import matmul_precision
 from opt_deus_jax.models.block import (
     BlockInputs,
@@ -57,13 +58,34 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     return params
 
 
-def causal_inputs(config: ModelConfig, positions_BT: Int[Array, "b t"]) -> BlockInputs:
+def causal_inputs(
+    config: ModelConfig, positions_BT: Int[Array, "b t"], example_BT: Array | None = None
+) -> BlockInputs:
     """The inputs of a full causal forward pass without a cache."""
-    length = positions_BT.shape[1]
-    cos_BTF, sin_BTF = rotary_tables(config.rope, config.head_dim, positions_BT)
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    allowed_BTS = jnp.broadcast_to(causal[None], (positions_BT.shape[0], length, length))
-    return BlockInputs(cos_BTF, sin_BTF, allowed_BTS, jnp.zeros((), jnp.int32))
+    return BlockInputs(*rotary_tables(config.rope, config.head_dim, positions_BT), example_BT)
+
+
+def positions_within(example_BT: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Position of each token in its example.
+
+    Args:
+        example_BT: Number of the example that each token belongs to; an example is a run.
+
+    Returns:
+        int32, from 0 at the first token of each run.
+    """
+    places_BT = jnp.broadcast_to(jnp.arange(example_BT.shape[1])[None], example_BT.shape)
+    is_first_BT = jnp.diff(example_BT, axis=1, prepend=-1) != 0
+    return places_BT - jax.lax.cummax(jnp.where(is_first_BT, places_BT, 0), axis=1)
+
+
+def _embed(params: Params, tokens_BT: Array, dtype: jnp.dtype) -> Array:
+    # Each device looks up its part of the width for all sequences of its data group.
+    tokens_BT = constrain(tokens_BT, "lookup_batch", "length")
+    x_BTD = constrain(
+        params["embedding"][tokens_BT].astype(dtype), "lookup_batch", "length", "width"
+    )
+    return constrain(x_BTD, "batch", "length", "gathered_width")
 
 
 def apply_block(
@@ -72,50 +94,70 @@ def apply_block(
     x_BTD: Float[Array, "b t d"],
     inputs: BlockInputs,
     cache: KeyValueCache | None = None,
+    attention: str = "reference",
 ) -> tuple[Float[Array, "b t d"], KeyValueCache]:
     """Applies one `DecoderBlock` with the given parameters."""
-    return DecoderBlock(config).apply({"params": block}, x_BTD, inputs, cache)  # pyright: ignore
+    module = DecoderBlock(config, attention)
+    return module.apply({"params": block}, x_BTD, inputs, cache)  # pyright: ignore
+
+
+# What the backward pass finds stored; the rest it computes again.
+_REMAT_POLICIES = {
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def hidden_states(
     params: Params,
     tokens_BT: Int[Array, "b t"],
+    example_BT: Int[Array, "b t"] | None = None,
     *,
     config: ModelConfig,
     dtype: jnp.dtype,
-    remat: str,
+    attention: str = "reference",
+    remat: str = "none",
 ) -> Float[Array, "b t d"]:
     """Runs embedding, segments and final norm.
 
     Args:
         params: A param pytree.
         tokens_BT: Token ids.
+        example_BT: Which example each token belongs to: tokens attend within it and positions
+            begin again with it; None takes each row as one example.
         config: The network; its depth is that of the segments.
         dtype: Type of the activations and of the kernels as multiplied.
-        remat: `none`, or `block` to recompute each pattern in the backward pass.
+        attention: An implementation of `causal_attention`.
+        remat: `none`; `matmuls` stores only the products with kernels for the backward pass;
+            `block` stores nothing within a pattern.
 
     Returns:
         What the head is applied to.
     """
-    batch, length = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
-    inputs = causal_inputs(config, positions_BT)
-    x_BTD = params["embedding"].astype(dtype)[tokens_BT]
+    if example_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+    else:
+        positions_BT = positions_within(example_BT)
+    inputs = causal_inputs(config, positions_BT, example_BT)
 
     def apply_pattern(x: Array, pattern: list[BlockParams]) -> tuple[Array, None]:
         for block in pattern:
-            x, _ = apply_block(config, block, x, inputs)
+            x, _ = apply_block(config, block, x, inputs, attention=attention)
         return x, None
 
-    body = jax.checkpoint(apply_pattern, prevent_cse=False) if remat == "block" else apply_pattern
+    body = apply_pattern
+    if remat != "none":
+        body = jax.checkpoint(apply_pattern, prevent_cse=False, policy=_REMAT_POLICIES[remat])
+    x_BTD = _embed(params, tokens_BT, dtype)
     for segment in params["segments"]:
         x_BTD, _ = jax.lax.scan(body, x_BTD, segment)
     return root_mean_square_norm(x_BTD, params["final_norm"], config.norm_epsilon)
 
 
-def head_kernel(params: Params) -> Float[Array, "v d"]:
-    """The output kernel: the embedding where they are tied."""
-    return params.get("head", params["embedding"])
+def head_kernel(params: Params, dtype: jnp.dtype) -> Float[Array, "v d"]:
+    """The output kernel, the embedding where they are tied, as it is multiplied with."""
+    kernel = params.get("head", params["embedding"])
+    return gather_width(kernel.astype(dtype), ("vocabulary", "width"))
 
 
 def project_to_vocabulary(
@@ -125,7 +167,7 @@ def project_to_vocabulary(
     return jnp.einsum(
         "...d,vd->...v",
         hidden,
-        head_VD.astype(hidden.dtype),
+        head_VD,
         precision=matmul_precision(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
@@ -135,8 +177,8 @@ def logits(
     params: Params, tokens_BT: Int[Array, "b t"], *, config: ModelConfig, dtype: jnp.dtype
 ) -> Float[Array, "b t v"]:
     """Logits of every position, float32; for short inputs, since they are all in memory."""
-    hidden = hidden_states(params, tokens_BT, config=config, dtype=dtype, remat="none")
-    return project_to_vocabulary(hidden, head_kernel(params))
+    hidden = hidden_states(params, tokens_BT, config=config, dtype=dtype)
+    return project_to_vocabulary(hidden, head_kernel(params, dtype))
 
 
 def cached_forward(
@@ -165,9 +207,10 @@ def cached_forward(
     Returns:
         Logits of the last token, and the cache with the new tokens in it.
     """
-    cos_BTF, sin_BTF = rotary_tables(config.rope, config.head_dim, positions_BT)
-    inputs = BlockInputs(cos_BTF, sin_BTF, allowed_BTS, cache_start)
-    x_BTD = params["embedding"].astype(dtype)[tokens_BT]
+    inputs = causal_inputs(config, positions_BT)._replace(
+        allowed_BTS=allowed_BTS, cache_start=cache_start
+    )
+    x_BTD = _embed(params, tokens_BT, dtype)
 
     def apply_pattern(x: Array, stacked: tuple[Any, Any]) -> tuple[Array, list[KeyValueCache]]:
         pattern, caches = stacked
@@ -182,7 +225,7 @@ def cached_forward(
         x_BTD, segment_cache = jax.lax.scan(apply_pattern, x_BTD, (segment, segment_cache))
         updated_cache.append(segment_cache)
     last_BD = root_mean_square_norm(x_BTD[:, -1], params["final_norm"], config.norm_epsilon)
-    return project_to_vocabulary(last_BD, head_kernel(params)), updated_cache
+    return project_to_vocabulary(last_BD, head_kernel(params, dtype)), updated_cache
 
 
 def empty_cache(

@@ -6,43 +6,52 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from opt_deus_jax.distributed.sharding import constrain, num_shards
 from opt_deus_jax.models.attention import matmul_precision
 from opt_deus_jax.models.language_model import project_to_vocabulary
 
 
-def _chunks(x: Array, chunk: int) -> Array:
-    padding = -x.shape[0] % chunk
-    padded = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
-    return padded.reshape(-1, chunk, *x.shape[1:])
+def _chunks(x_BT: Array, chunk_tokens: int) -> Array:
+    """Cuts along the length, so that every chunk has tokens of every device."""
+    batch, length = x_BT.shape[:2]
+    rows = -(-batch // num_shards("batch"))
+    chunk = min(max(chunk_tokens // rows, 1), length)
+    padding = ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x_BT.ndim - 2)
+    chunks_BNC = jnp.pad(x_BT, padding).reshape(batch, -1, chunk, *x_BT.shape[2:])
+    return jnp.moveaxis(chunks_BNC, 1, 0)
 
 
-def _chunk_loss(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    logits_CV = project_to_vocabulary(hidden, head)
-    log_normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    target_C = jnp.take_along_axis(logits_CV, targets[:, None], axis=-1)[:, 0]
-    return jnp.sum((log_normalizer_C - target_C) * weights), logits_CV - log_normalizer_C[:, None]
+def _chunk_loss(
+    hidden_BCD: Array, head_VD: Array, targets_BC: Array, weights_BC: Array
+) -> tuple[Array, Array]:
+    logits_BCV = project_to_vocabulary(hidden_BCD, head_VD)
+    logits_BCV = constrain(logits_BCV, "batch", "length", "vocabulary")
+    log_normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    loss = jnp.sum((log_normalizer_BC - target_BC) * weights_BC)
+    return loss, logits_BCV - log_normalizer_BC[..., None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def weighted_cross_entropy(
-    hidden_MD: Float[Array, "m d"],
+    hidden_BTD: Float[Array, "b t d"],
     head_VD: Float[Array, "v d"],
-    targets_M: Int[Array, " m"],
-    weights_M: Float[Array, " m"],
+    targets_BT: Int[Array, "b t"],
+    weights_BT: Float[Array, "b t"],
     chunk_tokens: int,
 ) -> Float[Array, ""]:
     """Sum over tokens of weight times cross-entropy in nats, float32.
 
     The gradient is computed along with the loss, a chunk of tokens at a time, so the logits of a
-    chunk are made once and at most `chunk_tokens * v` of them exist. The gradient of the head is
-    computed only where it is asked for.
+    chunk are made once and at most `chunk_tokens * v` of them exist on a device. The gradient of
+    the head is computed only where it is asked for.
 
     Args:
-        hidden_MD: What the head is applied to.
-        head_VD: The output kernel.
-        targets_M: The tokens to predict.
-        weights_M: float32; 0 leaves a token out. Not differentiated.
-        chunk_tokens: Tokens a chunk.
+        hidden_BTD: What the head is applied to.
+        head_VD: The output kernel, in the dtype of `hidden_BTD`.
+        targets_BT: The tokens to predict.
+        weights_BT: float32; 0 leaves a token out. Not differentiated.
+        chunk_tokens: Tokens a chunk on each device; at least one of each row.
 
     Returns:
         A scalar.
@@ -52,46 +61,51 @@ def weighted_cross_entropy(
         hidden, targets, weights = chunk
         return total + _chunk_loss(hidden, head_VD, targets, weights)[0], None
 
-    arrays = tuple(_chunks(x, chunk_tokens) for x in (hidden_MD, targets_M, weights_M))
+    arrays = tuple(_chunks(x, chunk_tokens) for x in (hidden_BTD, targets_BT, weights_BT))
     return jax.lax.scan(step, jnp.zeros(()), arrays)[0]
 
 
-def _forward(hidden_MD, head_VD, targets_M, weights_M, chunk_tokens):  # noqa: ANN001
-    hidden, head = hidden_MD.value, head_VD.value
+def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk_tokens):  # noqa: ANN001
+    hidden, head = hidden_BTD.value, head_VD.value
     head_is_trained = head_VD.perturbed
     precision = matmul_precision(hidden.dtype)
 
     def step(state: tuple, chunk: tuple) -> tuple[tuple, Array]:
         total, head_gradient = state
-        hidden_CD, targets, weights = chunk
-        loss, log_probabilities_CV = _chunk_loss(hidden_CD, head, targets, weights)
-        is_target_CV = targets[:, None] == jnp.arange(head.shape[0])[None]
-        gradient_CV = (jnp.exp(log_probabilities_CV) - is_target_CV) * weights[:, None]
-        gradient_CV = gradient_CV.astype(hidden_CD.dtype)
-        hidden_gradient = jnp.matmul(gradient_CV, head.astype(hidden_CD.dtype), precision=precision)
+        hidden_BCD, targets, weights = chunk
+        loss, log_probabilities_BCV = _chunk_loss(hidden_BCD, head, targets, weights)
+        is_target_BCV = targets[..., None] == jnp.arange(head.shape[0])[None, None]
+        gradient_BCV = (jnp.exp(log_probabilities_BCV) - is_target_BCV) * weights[..., None]
+        gradient_BCV = gradient_BCV.astype(hidden_BCD.dtype)
+        hidden_gradient = jnp.einsum("bcv,vd->bcd", gradient_BCV, head, precision=precision)
         if head_is_trained:
-            head_gradient = head_gradient + jnp.einsum(
-                "cv,cd->vd",
-                gradient_CV,
-                hidden_CD,
+            added = jnp.einsum(
+                "bcv,bcd->vd",
+                gradient_BCV,
+                hidden_BCD,
                 precision=precision,
                 preferred_element_type=jnp.float32,
             )
+            # Cut by width already here: no device ever holds the whole sum.
+            head_gradient = head_gradient + constrain(added, "vocabulary", "width")
         return (total + loss, head_gradient), hidden_gradient
 
-    arrays = tuple(_chunks(x, chunk_tokens) for x in (hidden, targets_M.value, weights_M.value))
-    start = jnp.zeros(head.shape if head_is_trained else (), jnp.float32)
-    (total, head_gradient), hidden_gradients = jax.lax.scan(step, (jnp.zeros(()), start), arrays)
-    hidden_gradient = hidden_gradients.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    # A scalar stands for "no gradient of the head"; the empty array carries the head's dtype.
-    head_like = jnp.zeros((0,), head.dtype)
-    return total, (hidden_gradient, head_gradient, head_like, weights_M.value)
+    arrays = tuple(_chunks(x, chunk_tokens) for x in (hidden, targets_BT.value, weights_BT.value))
+    start = jnp.zeros((), jnp.float32)
+    if head_is_trained:
+        start = constrain(jnp.zeros(head.shape, jnp.float32), "vocabulary", "width")
+    (total, head_gradient), gradients_NBCD = jax.lax.scan(step, (jnp.zeros(()), start), arrays)
+    batch, length, width = hidden.shape
+    hidden_gradient = jnp.moveaxis(gradients_NBCD, 0, 1).reshape(batch, -1, width)[:, :length]
+    # A scalar stands for "no gradient of the head".
+    return total, (hidden_gradient, head_gradient)
 
 
 def _backward(chunk_tokens, residuals, cotangent):  # noqa: ANN001
-    hidden_gradient, head_gradient, head_like, _ = residuals
-    head = None if head_gradient.ndim == 0 else (head_gradient * cotangent).astype(head_like.dtype)
-    return (hidden_gradient * cotangent.astype(hidden_gradient.dtype), head, None, None)
+    hidden_gradient, head_gradient = residuals
+    dtype = hidden_gradient.dtype
+    head = None if head_gradient.ndim == 0 else (head_gradient * cotangent).astype(dtype)
+    return (hidden_gradient * cotangent.astype(dtype), head, None, None)
 
 
 weighted_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)

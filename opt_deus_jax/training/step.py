@@ -1,17 +1,19 @@
 """One optimizer step and the held-out loss, as functions of the trainable parameters."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from opt_deus_jax.config import TrainingConfig
+from opt_deus_jax.distributed.sharding import constrain
 from opt_deus_jax.models.language_model import Params, head_kernel, hidden_states
 from opt_deus_jax.models.loss import weighted_cross_entropy
 from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.training.placement import Placement
 from opt_deus_jax.training.segments import merge
 
 
@@ -29,28 +31,54 @@ class TrainState(NamedTuple):
     optimizer_state: optax.OptState
 
 
+Batch = dict[str, Array]
 Metrics = dict[str, Array]
-TrainStep = Callable[[TrainState, Params, Array], tuple[TrainState, Metrics]]
-Evaluate = Callable[[Params, Params, Array, Array], tuple[Array, Array]]
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+Evaluate = Callable[[Params, Params, Batch, Array], tuple[Array, Array]]
 
 
-def initial_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step.
+def initial_state(
+    trainable: Params, optimizer: optax.GradientTransformation, placement: Placement
+) -> TrainState:
+    """The state before the first step, made in its shards.
 
     Args:
         trainable: Param pytree with None for frozen leaves.
         optimizer: The optimizer.
+        placement: Where everything lies.
 
     Returns:
         A state that shares the arrays of `trainable`.
     """
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    start = jax.jit(
+        lambda params: (jnp.zeros((), jnp.int32), optimizer.init(params)),
+        out_shardings=(placement.scalar, placement.optimizer_state),
+    )
+    step, optimizer_state = start(trainable)
+    return TrainState(step, trainable, optimizer_state)
+
+
+def prediction_weights(batch: Batch) -> Float[Array, "b t"]:
+    """Which predictions count.
+
+    Args:
+        batch: "tokens" [B, T + 1]; for instructions also "example" (number of the example that each
+            token belongs to, 0 for padding) and "is_answer".
+
+    Returns:
+        float32 [B, T], 1 where token t + 1 is to be predicted from those before it in its example.
+    """
+    if "example" not in batch:
+        return jnp.ones_like(batch["tokens"][:, 1:], jnp.float32)
+    example_BL = batch["example"]
+    goes_on_BT = (example_BL[:, 1:] == example_BL[:, :-1]) & (example_BL[:, 1:] > 0)
+    return (goes_on_BT & batch["is_answer"][:, 1:]).astype(jnp.float32)
 
 
 def loss_fn(
     trainable: Params,
     frozen: Params,
-    tokens_BL: Int[Array, "b l"],
+    batch: Batch,
     weights_BT: Float[Array, "b t"],
     *,
     config: ModelConfig,
@@ -61,27 +89,31 @@ def loss_fn(
     Args:
         trainable: What to differentiate with respect to.
         frozen: The rest of the params.
-        tokens_BL: Sequences of T + 1 tokens.
+        batch: "tokens" [B, T + 1] and, for instructions, "example" [B, T + 1].
         weights_BT: Weight of each of the T predictions, float32.
         config: The network.
-        training: Its compute dtype, remat and chunk of the loss are used.
+        training: Its compute dtype, attention, remat and chunk of the loss are used.
 
     Returns:
         A float32 scalar, in nats times the unit of the weights.
     """
     params = merge(trainable, frozen)
+    dtype = jnp.dtype(training.compute_dtype)
+    tokens_BL, example_BL = batch["tokens"], batch.get("example")
     hidden_BTD = hidden_states(
         params,
         tokens_BL[:, :-1],
+        None if example_BL is None else example_BL[:, :-1],
         config=config,
-        dtype=jnp.dtype(training.compute_dtype),
+        dtype=dtype,
+        attention=training.attention,
         remat=training.remat,
     )
     return weighted_cross_entropy(
-        hidden_BTD.reshape(-1, config.width),
-        head_kernel(params),
-        tokens_BL[:, 1:].reshape(-1),
-        weights_BT.reshape(-1),
+        hidden_BTD,
+        head_kernel(params, dtype),
+        tokens_BL[:, 1:],
+        weights_BT,
         training.loss_chunk_tokens,
     )
 
@@ -89,44 +121,52 @@ def loss_fn(
 def mean_loss_and_gradients(
     trainable: Params,
     frozen: Params,
-    tokens_BL: Int[Array, "b l"],
+    batch: Batch,
     *,
     config: ModelConfig,
     training: TrainingConfig,
+    shardings: Any = None,
 ) -> tuple[Float[Array, ""], Params]:
     """Mean loss of a batch and its gradients, cut into `accumulation_steps` parts.
 
     Args:
         trainable: What to differentiate with respect to.
         frozen: The rest of the params.
-        tokens_BL: Sequences of T + 1 tokens; `accumulation_steps` divides their number.
+        batch: See `prediction_weights`; `accumulation_steps` divides the number of rows.
         config: The network.
         training: The settings.
+        shardings: Of the gradients, a tree like `trainable`; None leaves them to the compiler.
 
     Returns:
-        (mean cross-entropy in nats, gradients like `trainable`).
+        (mean cross-entropy in nats of the predictions that count, gradients like `trainable`).
     """
-    batch, length = tokens_BL.shape
-    parts = training.accumulation_steps
+    weights_BT = prediction_weights(batch)
     # Each prediction weighs the same in the whole batch: the parts then only need to be added.
-    weights_BT = jnp.full((batch // parts, length - 1), 1 / (batch * (length - 1)), jnp.float32)
+    weights_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1)
 
-    def part(tokens: Array) -> tuple[Array, Params]:
-        return jax.value_and_grad(loss_fn)(
-            trainable, frozen, tokens, weights_BT, config=config, training=training
+    def part(arrays: tuple[Batch, Array]) -> tuple[Array, Params]:
+        loss, gradients = jax.value_and_grad(loss_fn)(
+            trainable, frozen, *arrays, config=config, training=training
         )
+        if shardings is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, shardings)
+        return loss, gradients
 
+    parts = training.accumulation_steps
     if parts == 1:
-        return part(tokens_BL)
+        return part((batch, weights_BT))
 
-    def add(total: tuple[Array, Params], tokens: Array) -> tuple[tuple[Array, Params], None]:
-        return jax.tree.map(jnp.add, total, part(tokens)), None
+    def add(total: tuple[Array, Params], arrays: Any) -> tuple[tuple[Array, Params], None]:
+        return jax.tree.map(jnp.add, total, part(arrays)), None
 
-    # Part a takes rows a, a + A, ...: where the rows are spread over devices in runs, every device
-    # then has rows in every part.
-    tokens_ABL = tokens_BL.reshape(batch // parts, parts, length).swapaxes(0, 1)
+    def cut(x_BL: Array) -> Array:
+        # Part a takes rows a, a + A, ...: where the rows are spread over devices in runs, every
+        # device then has rows in every part.
+        x_ABL = x_BL.reshape(-1, parts, x_BL.shape[1]).swapaxes(0, 1)
+        return constrain(x_ABL, "accumulation", "batch", "length")
+
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-    return jax.lax.scan(add, zeros, tokens_ABL)[0]
+    return jax.lax.scan(add, zeros, jax.tree.map(cut, (batch, weights_BT)))[0]
 
 
 def make_train_step(
@@ -134,6 +174,7 @@ def make_train_step(
     training: TrainingConfig,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    placement: Placement,
 ) -> TrainStep:
     """Compiles one optimizer step.
 
@@ -142,18 +183,22 @@ def make_train_step(
         training: The settings.
         optimizer: The optimizer.
         schedule: Its learning rate, for the metrics.
+        placement: Where everything lies.
 
     Returns:
-        `train_step(state, frozen, tokens [B, T + 1]) -> (state, metrics)`. It consumes the state.
-        Metrics are the float32 scalars loss (nats a token), grad_norm (before clipping) and
-        learning_rate.
+        `train_step(state, frozen, batch) -> (state, metrics)`, to be called under `jax.set_mesh`.
+        It consumes the state. Metrics are the float32 scalars loss (nats a predicted token),
+        grad_norm (before clipping) and learning_rate.
     """
 
-    def train_step(
-        state: TrainState, frozen: Params, tokens_BL: Int[Array, "b l"]
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradients = mean_loss_and_gradients(
-            state.trainable, frozen, tokens_BL, config=config, training=training
+            state.trainable,
+            frozen,
+            batch,
+            config=config,
+            training=training,
+            shardings=placement.trainable,
         )
         updates, optimizer_state = optimizer.update(
             gradients, state.optimizer_state, state.trainable
@@ -166,30 +211,45 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics  # pyright: ignore
 
-    return jax.jit(train_step, donate_argnums=0)
+    state = state_placement(placement)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state, placement.frozen, placement.rows),
+        out_shardings=(state, placement.scalar),
+    )
 
 
-def make_evaluation_loss(config: ModelConfig, training: TrainingConfig) -> Evaluate:
+def state_placement(placement: Placement) -> TrainState:
+    """The shardings of a `TrainState`."""
+    return TrainState(placement.scalar, placement.trainable, placement.optimizer_state)  # pyright: ignore
+
+
+def make_evaluation_loss(
+    config: ModelConfig, training: TrainingConfig, placement: Placement
+) -> Evaluate:
     """Compiles the loss of a held-out batch.
 
     Args:
         config: The network.
         training: The settings.
+        placement: Where everything lies.
 
     Returns:
-        `evaluation_loss(trainable, frozen, tokens [B, T + 1], is_real [B])` -> (sum of nats,
-        number of tokens predicted), float32 scalars over the real rows.
+        `evaluation_loss(trainable, frozen, batch, is_real [B])` -> (sum of nats, number of tokens
+        predicted), float32 scalars over the real rows, to be called under `jax.set_mesh`.
     """
 
     def evaluation_loss(
-        trainable: Params,
-        frozen: Params,
-        tokens_BL: Int[Array, "b l"],
-        is_real_B: Bool[Array, " b"],
+        trainable: Params, frozen: Params, batch: Batch, is_real_B: Bool[Array, " b"]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        shape = (tokens_BL.shape[0], tokens_BL.shape[1] - 1)
-        weights_BT = jnp.broadcast_to(is_real_B.astype(jnp.float32)[:, None], shape)
-        nats = loss_fn(trainable, frozen, tokens_BL, weights_BT, config=config, training=training)
+        weights_BT = prediction_weights(batch) * is_real_B.astype(jnp.float32)[:, None]
+        nats = loss_fn(trainable, frozen, batch, weights_BT, config=config, training=training)
         return nats, jnp.sum(weights_BT)
 
-    return jax.jit(evaluation_loss)
+    rows = placement.rows
+    return jax.jit(
+        evaluation_loss,
+        in_shardings=(placement.trainable, placement.frozen, rows, rows),
+        out_shardings=placement.scalar,
+    )

@@ -15,6 +15,7 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, named_tensors, outer_specs
+from opt_deus_jax.training.placement import abstract_params
 from opt_deus_jax.training.segments import (
     Segment,
     TrainedNames,
@@ -77,17 +78,19 @@ def load_params(
     segments: Sequence[Segment],
     *,
     dtype: jnp.dtype,
-    sharding: jax.sharding.Sharding,
+    shardings: Any,
     wanted: Any = None,
 ) -> Params:
-    """Reads a param pytree, one tensor at a time; one leaf at most is in memory twice.
+    """Reads a param pytree straight into its shards: each process reads only what its devices hold.
+
+    One leaf at most is in host memory at a time.
 
     Args:
         source: The checkpoint.
         config: Its network.
         segments: How its blocks are stacked.
         dtype: Type of the leaves.
-        sharding: Where every leaf is put.
+        shardings: Where each leaf is put: a tree like the param pytree, or a prefix of one.
         wanted: Tree of bools that says which leaves to read, as from `trained_mask`; None reads
             all.
 
@@ -99,48 +102,44 @@ def load_params(
     """
     _check_source(source, config, _num_layers(segments))
 
-    def read_leaf(names: str | list[str], is_wanted: bool) -> jax.Array | None:
+    def read_leaf(names: str | list[str], sharding: Any, is_wanted: bool) -> jax.Array | None:
         if not is_wanted:
             return None
         if isinstance(names, str):
-            return jax.device_put(source.read(names).astype(dtype), sharding)
-        stacked = np.empty((len(names), *source.tensors[names[0]].shape), dtype)
-        for row, name in enumerate(names):
-            stacked[row] = source.read(name)
-        return jax.device_put(stacked, sharding)
+            shape = source.tensors[names].shape
+        else:
+            shape = (len(names), *source.tensors[names[0]].shape)
+        parts: dict[tuple, np.ndarray] = {}
+
+        def read_part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            # Devices of several data groups hold the same part.
+            key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+            if key not in parts:
+                parts[key] = _read_part(source, names, index, dtype)
+            return parts[key]
+
+        return jax.make_array_from_callback(shape, sharding, read_part)
 
     all_names = _hf_names(config, segments)
     if wanted is None:
         wanted = jax.tree.map(lambda _: True, all_names, is_leaf=_is_names)
-    return jax.tree.map(read_leaf, all_names, wanted, is_leaf=_is_names)
+    shardings = jax.tree.broadcast(shardings, wanted)
+    return jax.tree.map(read_leaf, all_names, shardings, wanted, is_leaf=_is_names)
 
 
-def abstract_params(
-    config: ModelConfig,
-    segments: Sequence[Segment],
-    dtype: jnp.dtype,
-    sharding: jax.sharding.Sharding,
-) -> Params:
-    """Shapes, dtypes and sharding of a param pytree.
-
-    Args:
-        config: The network.
-        segments: How its blocks are stacked.
-        dtype: Type of the leaves.
-        sharding: That of every leaf.
-
-    Returns:
-        A param pytree of `jax.ShapeDtypeStruct`.
-    """
-    shapes = {name: spec.shape for name, spec in named_tensors(config, _num_layers(segments))}
-
-    def describe(names: str | list[str]) -> jax.ShapeDtypeStruct:
-        if isinstance(names, str):
-            return jax.ShapeDtypeStruct(shapes[names], dtype, sharding=sharding)
-        shape = (len(names), *shapes[names[0]])
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    return jax.tree.map(describe, _hf_names(config, segments), is_leaf=_is_names)
+def _read_part(
+    source: CheckpointSource, names: str | list[str], index: tuple[slice, ...], dtype: jnp.dtype
+) -> np.ndarray:
+    if isinstance(names, str):
+        return source.read_part(names, index).astype(dtype)
+    chosen = names[index[0]]
+    first = source.read_part(chosen[0], index[1:])
+    stacked = np.empty((len(chosen), *first.shape), dtype)
+    stacked[0] = first
+    for row, name in enumerate(chosen[1:], 1):
+        stacked[row] = source.read_part(name, index[1:])
+    return stacked
 
 
 def load_trained(

@@ -1,9 +1,7 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
 
 from opt_deus_jax.data.loader import held_out_batches, training_dataset
 from opt_deus_jax.data.records import Records
@@ -65,43 +63,22 @@ def test_resuming_gives_the_uninterrupted_sequence(records: Records):
         assert before + numbers(second, 20 - stop) == uninterrupted
 
 
-def test_resuming_through_orbax(records: Records, tmp_path: Path):
-    uninterrupted = numbers(training_dataset(records, batch_size=5, seed=3), 12)
-    first = training_dataset(records, batch_size=5, seed=3)
-    before = numbers(first, 7)
-    with ocp.training.Checkpointer(str(tmp_path)) as checkpointer:
-        checkpointer.save_checkpointables(7, {"state": {"step": np.asarray(7)}, "data": first})
-    second = training_dataset(records, batch_size=5, seed=3)
-    with ocp.training.Checkpointer(str(tmp_path)) as checkpointer:
-        loaded = checkpointer.load_checkpointables(7, {"data": second})
-    assert loaded["data"] is second
-    assert before + numbers(second, 5) == uninterrupted
-
-
-def test_processes_share_each_batch(records: Records):
+def test_each_process_reads_its_rows_of_the_same_batches(records: Records):
     whole = training_dataset(records, batch_size=6, seed=3)
-    parts = [
-        training_dataset(records, batch_size=6, seed=3, process_index=i, process_count=2)
-        for i in range(2)
-    ]
+    shares = ((0, 2, 4), (1, 3, 5), (1, 2))
+    parts = [training_dataset(records, batch_size=6, seed=3, rows=rows) for rows in shares]
     for _ in range(10):
-        rows = next(whole)["record"]
-        for i, part in enumerate(parts):
-            np.testing.assert_array_equal(next(part)["record"], rows[i::2])
-    assert parts[0].get_state() == parts[1].get_state() == whole.get_state()
+        batch = next(whole)
+        for rows, part in zip(shares, parts, strict=True):
+            read = next(part)
+            np.testing.assert_array_equal(read["record"], batch["record"])
+            np.testing.assert_array_equal(read["tokens"], batch["tokens"][list(rows)])
+    assert all(part.get_state() == whole.get_state() for part in parts)
 
 
-def test_finite_epochs_end_together_for_all_processes(records: Records):
-    for process_index in range(2):
-        part = training_dataset(
-            records,
-            batch_size=6,
-            seed=3,
-            num_epochs=1,
-            process_index=process_index,
-            process_count=2,
-        )
-        assert len(list(part)) == COUNT // 6
+def test_finite_epochs_leave_out_the_incomplete_batch(records: Records):
+    batches = training_dataset(records, batch_size=6, seed=3, num_epochs=1)
+    assert len(list(batches)) == COUNT // 6
 
 
 def test_one_record(records: Records):
@@ -112,8 +89,6 @@ def test_one_record(records: Records):
 def test_unusable_batch_sizes(records: Records):
     with pytest.raises(UserError, match="training.batch_size=24: there are only 23"):
         training_dataset(records, batch_size=24, seed=0)
-    with pytest.raises(UserError, match="multiple of the 2 processes"):
-        training_dataset(records, batch_size=5, seed=0, process_count=2)
     with pytest.raises(UserError, match="training.batch_size=0"):
         training_dataset(records, batch_size=0, seed=0)
     with pytest.raises(UserError, match="batch_size=0"):
@@ -123,7 +98,7 @@ def test_unusable_batch_sizes(records: Records):
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 40])
 def test_held_out_batches_hold_each_record_once_in_order(records: Records, batch_size: int):
     batches = list(held_out_batches(records, batch_size))
-    assert {batch["tokens"].shape for batch in batches} == {(batch_size, LENGTH + 1)}
-    assert {batch["tokens"].dtype for batch in batches} == {np.dtype(np.int32)}
-    real = np.concatenate([batch["tokens"][batch["is_real"]] for batch in batches])
+    assert {columns["tokens"].shape for columns, _ in batches} == {(batch_size, LENGTH + 1)}
+    assert {columns["tokens"].dtype for columns, _ in batches} == {np.dtype(np.int32)}
+    real = np.concatenate([columns["tokens"][is_real] for columns, is_real in batches])
     np.testing.assert_array_equal(real, [records[i] for i in range(COUNT)])

@@ -13,6 +13,7 @@ from opt_deus_jax.models.language_model import logits
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
 from opt_deus_jax.models.params import OUTPUT_KERNELS
 from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from opt_deus_jax.training.placement import Placement, param_shardings, place
 from opt_deus_jax.training.segments import (
     invert_mask,
     merge,
@@ -28,29 +29,41 @@ from opt_deus_jax.training.step import (
     mean_loss_and_gradients,
 )
 from opt_deus_jax.training.weights import load_params, parameter_hash
-from tests.training.tiny import tiny_source
+from tests.training.tiny import one_device_mesh, tiny_source
 
 F, T = False, True
 FLOAT32 = jnp.dtype("float32")
 TOP = [F, F, F, T, F, T, F]
 
 
+SETTINGS = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, decay_fraction=0.0)
+SCHEDULE = learning_rate_schedule(SETTINGS, 20)
+OPTIMIZER = make_optimizer(SETTINGS, SCHEDULE)
+
+
 def load(
     mask_by_depth: list[bool], trained: str, **changes: Any
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
     """(config, trainable, frozen) of a tiny network whose trained layers are the identity."""
+    return load_placed(mask_by_depth, trained, **changes)[:3]
+
+
+def load_placed(
+    mask_by_depth: list[bool], trained: str, **changes: Any
+) -> tuple[ModelConfig, dict[str, Any], dict[str, Any], Placement]:
     zeroed = tuple(d for d, is_new in enumerate(mask_by_depth) if is_new and trained == "new")
     source = tiny_source(zeroed, num_hidden_layers=len(mask_by_depth), **changes)
     config = read_model_config(source.hf_config)
     names = select_trained(config, mask_by_depth, trained)
     segments = plan_segments(names.blocks)
     mask = trained_mask(config, segments, names.outer)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = one_device_mesh()
+    shardings = param_shardings(config, segments, mesh)
     trainable, frozen = (
-        load_params(source, config, segments, dtype=FLOAT32, sharding=device, wanted=wanted)
+        load_params(source, config, segments, dtype=FLOAT32, shardings=shardings, wanted=wanted)
         for wanted in (mask, invert_mask(mask))
     )
-    return config, trainable, frozen
+    return config, trainable, frozen, place(config, segments, mask, OPTIMIZER, mesh)
 
 
 def draw_tokens(batch: int = 4, length: int = 9, seed: int = 0) -> jax.Array:
@@ -61,7 +74,7 @@ def gradients_of(
     trainable: Any, frozen: Any, tokens: jax.Array, config: ModelConfig, training: TrainingConfig
 ) -> tuple[jax.Array, Any]:
     compiled = jax.jit(functools.partial(mean_loss_and_gradients, config=config, training=training))
-    return compiled(trainable, frozen, tokens)
+    return compiled(trainable, frozen, {"tokens": tokens})
 
 
 def scans(jaxpr: Any) -> list[Any]:
@@ -82,7 +95,8 @@ def gradient_jaxpr(remat: str) -> tuple[ModelConfig, Any]:
     training = TrainingConfig(remat=remat)
 
     def loss(trainable: Any, frozen: Any) -> jax.Array:
-        return loss_fn(trainable, frozen, draw_tokens(), weights, config=config, training=training)
+        batch = {"tokens": draw_tokens()}
+        return loss_fn(trainable, frozen, batch, weights, config=config, training=training)
 
     return config, jax.make_jaxpr(jax.grad(loss))(trainable, frozen).jaxpr
 
@@ -146,41 +160,38 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(
 
 
 def test_training_moves_what_is_trained_and_nothing_else():
-    config, trainable, frozen = load([F, F, T, F], "new")
-    settings = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, decay_fraction=0.0)
-    schedule = learning_rate_schedule(settings, 20)
-    optimizer = make_optimizer(settings, schedule)
-    train_step = make_train_step(config, TrainingConfig(), optimizer, schedule)
-    evaluate = make_evaluation_loss(config, TrainingConfig())
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = jax.device_put(initial_state(trainable, optimizer), device)
+    config, trainable, frozen, placement = load_placed([F, F, T, F], "new")
+    train_step = make_train_step(config, TrainingConfig(), OPTIMIZER, SCHEDULE, placement)
+    evaluate = make_evaluation_loss(config, TrainingConfig(), placement)
+    state = initial_state(trainable, OPTIMIZER, placement)
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(trainable))
 
-    tokens = draw_tokens()
+    batch = {"tokens": draw_tokens()}
+    is_real = jnp.array([True, True, False, True])
     before = parameter_hash(frozen), parameter_hash(trainable)
-    nats, count = evaluate(trainable, frozen, tokens, jnp.array([True, True, False, True]))
+    nats, count = evaluate(trainable, frozen, batch, is_real)
     assert count == 24
     losses = []
     for _ in range(20):
-        state, metrics = train_step(state, frozen, tokens)
+        state, metrics = train_step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     assert parameter_hash(frozen) == before[0]
     assert parameter_hash(state.trainable) != before[1]
     assert int(state.step) == 20
     assert losses[-1] < losses[0] - 0.05
-    after, _ = evaluate(state.trainable, frozen, tokens, jnp.array([True, True, False, True]))
+    after, _ = evaluate(state.trainable, frozen, batch, is_real)
     assert after < nats
 
 
 def test_rows_that_are_not_real_count_for_nothing():
-    config, trainable, frozen = load([F, T], "new")
-    evaluate = make_evaluation_loss(config, TrainingConfig())
+    config, trainable, frozen, placement = load_placed([F, T], "new")
+    evaluate = make_evaluation_loss(config, TrainingConfig(), placement)
     tokens = draw_tokens()
     is_real = jnp.array([True, True, False, False])
-    actual = evaluate(trainable, frozen, tokens, is_real)
-    others = evaluate(trainable, frozen, tokens.at[2:].set(0), is_real)
-    whole = evaluate(trainable, frozen, tokens[:2], jnp.array([True, True]))
+    actual = evaluate(trainable, frozen, {"tokens": tokens}, is_real)
+    others = evaluate(trainable, frozen, {"tokens": tokens.at[2:].set(0)}, is_real)
+    whole = evaluate(trainable, frozen, {"tokens": tokens[:2]}, jnp.array([True, True]))
     np.testing.assert_array_equal(actual, others)
     np.testing.assert_allclose(actual, whole, rtol=1e-6)
     assert actual[1] == 16

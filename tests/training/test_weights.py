@@ -8,6 +8,7 @@ import pytest
 
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
+from opt_deus_jax.training.placement import abstract_params
 from opt_deus_jax.training.segments import (
     invert_mask,
     merge,
@@ -16,7 +17,6 @@ from opt_deus_jax.training.segments import (
     trained_mask,
 )
 from opt_deus_jax.training.weights import (
-    abstract_params,
     load_params,
     load_trained,
     parameter_hash,
@@ -48,7 +48,7 @@ def test_tensors_go_in_and_come_out_by_name(config, device, tensors):  # noqa: A
     names = select_trained(config, MASK, "new")
     segments = plan_segments(names.blocks)
     params = load_params(
-        source_of(HF_CONFIG, tensors), config, segments, dtype=FLOAT32, sharding=device
+        source_of(HF_CONFIG, tensors), config, segments, dtype=FLOAT32, shardings=device
     )
     read = tensor_by_name(params, config, segments)
     for name, array in tensors.items():
@@ -66,9 +66,9 @@ def test_trained_masters_and_frozen_bfloat16_make_the_whole(config, device, tens
     segments = plan_segments(names.blocks)
     mask = trained_mask(config, segments, names.outer)
     source = source_of(HF_CONFIG, tensors)
-    trainable = load_params(source, config, segments, dtype=FLOAT32, sharding=device, wanted=mask)
+    trainable = load_params(source, config, segments, dtype=FLOAT32, shardings=device, wanted=mask)
     frozen = load_params(
-        source, config, segments, dtype=BFLOAT16, sharding=device, wanted=invert_mask(mask)
+        source, config, segments, dtype=BFLOAT16, shardings=device, wanted=invert_mask(mask)
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {FLOAT32}
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {BFLOAT16}
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(config, device, tensors):  # 
             config,
             plan_segments(select_trained(config, MASK, "new").blocks),
             dtype=FLOAT32,
-            sharding=device,
+            shardings=device,
         )
 
     name = "model.layers.3.self_attn.q_proj.bias"

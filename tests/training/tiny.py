@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
+from opt_deus_jax.config import MeshConfig
 from opt_deus_jax.data.records import Records
+from opt_deus_jax.distributed.mesh import make_mesh
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import named_tensors
 
@@ -46,6 +49,10 @@ def source_of(hf_config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Chec
 def tiny_source(zeroed: tuple[int, ...] = (), **changes: Any) -> CheckpointSource:
     hf_config = tiny_hf_config(**changes)
     return source_of(hf_config, tiny_tensors(hf_config, zeroed))
+
+
+def one_device_mesh() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def tiny_records(count: int, seed: int = 0, length: int = 8) -> Records:
