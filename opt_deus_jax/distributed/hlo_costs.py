@@ -125,10 +125,12 @@ def _splash_flops(instruction: Instruction, arrays: list[HloArray]) -> int | Non
     block = re.search(r'block_q(?:_dkv|_dq)?\\?": (\d+)', instruction.attributes)
     if kind is None or block is None:
         return None
-    batch, heads, length, head_dim = next(a.shape for a in arrays if len(a.shape) == 4)
+    # After the integers that say which blocks to visit come queries: [batch, heads, length, head],
+    # or without a batch where it is one sequence.
+    *rows, length, head_dim = next(a.shape for a in arrays if a.dtype in ("bf16", "f32"))
     # Blocks above the diagonal are skipped, those on it computed whole.
     pairs = length * (length + int(block[1])) // 2
-    return 2 * _SPLASH_PRODUCTS[kind[1]] * batch * heads * pairs * head_dim
+    return 2 * _SPLASH_PRODUCTS[kind[1]] * math.prod(rows) * pairs * head_dim
 
 
 def _flops(module: HloModule, computation: Computation, instruction: Instruction) -> int | None:

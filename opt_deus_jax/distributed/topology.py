@@ -5,10 +5,12 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
+from opt_deus_jax.distributed.device_facts import peak_flops
 from opt_deus_jax.errors import UserError
 
 _GIB = 2**30
@@ -30,7 +32,6 @@ class Chip:
         name: As in the name of a topology.
         hbm_bytes: Memory that a program may use: what XLA names as available when it runs out
             (libtpu 0.0.42), a little less than what is built in.
-        flops_per_second: Peak of bfloat16 products.
         hbm_bytes_per_second: Bandwidth of the memory.
         ici_bytes_per_second: Bandwidth into the chip over all its links to other chips together,
             half of the bidirectional figure.
@@ -38,18 +39,22 @@ class Chip:
 
     name: str
     hbm_bytes: int
-    flops_per_second: float
     hbm_bytes_per_second: float
     ici_bytes_per_second: float
 
+    @property
+    def flops_per_second(self) -> float:
+        """Peak of bfloat16 products."""
+        return peak_flops(f"TPU {self.name}") or 0.0
 
-# Peaks and bandwidths: cloud.google.com/tpu/docs/v5e, /v5p and /v6e, "System architecture".
+
+# Bandwidths: cloud.google.com/tpu/docs/v5e, /v5p and /v6e, "System architecture".
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", int(15.75 * _GIB), 197e12, 819e9, 200e9),
-        Chip("v5p", int(95.74 * _GIB), 459e12, 2765e9, 600e9),
-        Chip("v6e", int(31.25 * _GIB), 918e12, 1640e9, 400e9),
+        Chip("v5e", int(15.75 * _GIB), 819e9, 200e9),
+        Chip("v5p", int(95.74 * _GIB), 2765e9, 600e9),
+        Chip("v6e", int(31.25 * _GIB), 1640e9, 400e9),
     )
 }
 
@@ -97,14 +102,14 @@ def parse_topology(text: str) -> Topology:
     return Topology(CHIPS[found[1]], tuple(int(size) for size in found[2].split("x")))
 
 
-def topology_devices(topology: Topology) -> list[jax.Device]:
+def topology_devices(topology: Topology) -> list[Any]:
     """Devices of a slice to compile for; they run nothing.
 
     Args:
         topology: The slice.
 
     Returns:
-        A device a chip.
+        A `jax.Device` a chip.
 
     Raises:
         UserError: libtpu, which holds the compiler, is not installed, or it has no such slice.

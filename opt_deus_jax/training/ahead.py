@@ -71,7 +71,7 @@ def lower_train_step(
     experiment: Experiment,
     config: ModelConfig,
     trained: TrainedNames,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
 ) -> LoweredStep:
     """Lowers the step that `train` would run.
 

@@ -40,7 +40,8 @@ def _mesh(devices: Any, sizes: tuple[int, int, int]) -> jax.sharding.Mesh:
 def test_without_loops_flops_and_bytes_are_those_of_xla() -> None:
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((48, 64), (64, 80))]
     compiled = jax.jit(lambda x, y: x @ y).lower(*shapes).compile()
-    costs, expected = _costs(compiled), compiled.cost_analysis()
+    costs = _costs(compiled)
+    expected: Any = compiled.cost_analysis()
     assert costs.flops == expected["flops"] == 2 * 48 * 64 * 80
     assert costs.hbm_bytes == expected["bytes accessed"] == 4 * (48 * 64 + 64 * 80 + 48 * 80)
     assert costs.collectives == {}
@@ -57,7 +58,8 @@ def test_loops_count_as_often_as_they_turn() -> None:
 
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 32), (7, 32, 32))]
     compiled = jax.jit(run).lower(*shapes).compile()
-    costs, one_turn = _costs(compiled), compiled.cost_analysis()
+    costs = _costs(compiled)
+    one_turn: Any = compiled.cost_analysis()
     assert costs.flops == 7 * 4 * 2 * 16 * 32 * 32
     # A turn reads its own kernel from the stack, not the whole stack.
     assert costs.hbm_bytes > 7 * 4 * 4 * 32 * 32
@@ -143,7 +145,8 @@ def test_splash_attention_counts_its_causal_half() -> None:
     sharding = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
 
     def loss(*arrays):
-        return causal_attention(*arrays, None, "splash").astype(jnp.float32).sum()
+        query, key, value = arrays
+        return causal_attention(query, key, value, None, "splash").astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
         arrays = [
