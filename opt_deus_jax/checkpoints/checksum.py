@@ -17,15 +17,30 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return x ^ (x >> np.uint32(16))
 
 
-def _checksum(leaf: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    bits = jnp.dtype(leaf.dtype).itemsize * 8
+def _sum(part: Shaped[Array, "..."], place: Array) -> UInt32[Array, ""]:
+    """Of the part of an array behind a place on its first axes."""
+    bits = jnp.dtype(part.dtype).itemsize * 8
     if bits > 32:
-        raise ValueError(f"a checksum is for numbers of at most 32 bits, not {leaf.dtype}")
-    unsigned = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.sum(_mix(unsigned + place * np.uint32(0x9E3779B1)), dtype=jnp.uint32)
+        raise ValueError(f"a checksum is for numbers of at most 32 bits, not {part.dtype}")
+    unsigned = jax.lax.bitcast_convert_type(part, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
+    places = jnp.full(part.shape, place, jnp.uint32)
+    for axis, size in enumerate(part.shape):
+        places = places * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis)
+    return jnp.sum(_mix(unsigned + places * np.uint32(0x9E3779B1)), dtype=jnp.uint32)
+
+
+def _checksum(leaf: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    zero = jnp.zeros((), jnp.uint32)
+    if leaf.ndim < 3:
+        return _sum(leaf, zero)
+
+    # Kernels are stacked by layer and not cut along it. One after the other stays in the cache,
+    # and XLA on a CPU would write out all scattered bits before it adds them up.
+    def add(layer: Array, total: Array) -> Array:
+        kernel = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+        return total + _sum(kernel, layer.astype(jnp.uint32))
+
+    return jax.lax.fori_loop(0, leaf.shape[0], add, zero)
 
 
 @jax.jit
