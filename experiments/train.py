@@ -2,61 +2,79 @@ r"""Trains a grown model: continual pre-training or fine-tuning, on one device o
 
 python -m experiments.train --config=configs/smollm2_135m.py:demo --workdir=runs/first
 Needs experiments.expand and experiments.prepare_data with the same flags. Run again after an
-interruption, on any number of devices and processes, it goes on from the latest checkpoint. Writes
-WORKDIR/checkpoints, metrics.jsonl, tensorboard, loss.png and, with --profile, profile. SIGTERM
-saves a checkpoint first and exits with status 143.
+interruption, on any number of devices and processes, it goes on from the latest checkpoint. SIGTERM
+saves one and exits with status 143. Writes WORKDIR/checkpoints, metrics.jsonl, tensorboard,
+loss.png and profile.
 """
 
 import hashlib
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
 
 from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.data.records import load_info, load_records
+from opt_deus_jax.distributed import processes
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.reporting.plots import plot_losses
 from opt_deus_jax.reporting.tables import show
-from opt_deus_jax.training.loop import train
+from opt_deus_jax.training.loop import TrainingResult, train
 from opt_deus_jax.training.metrics import read_metrics
+from opt_deus_jax.training.preemption import EXIT_STATUS, Preempted
 from opt_deus_jax.training.segments import select_trained
 
-launch.define_flags()
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Step from which on 3 steps are traced for xprof, into WORKDIR/profile; 0: none."
+)
+launch.define_flags(others=(_PROFILE.name, *processes.key_flags()))
 
 
 def main() -> None:
     """Trains and draws the losses."""
-    experiment, workdir = launch.start(("base", "upscale", "data"), ("optimizer", "training"))
+    processes.start_processes()
+    is_writer = jax.process_index() == 0
+    parts = (("base", "upscale", "data"), ("optimizer", "mesh", "training"))
+    experiment, workdir = launch.start(*parts, is_writer=is_writer)
     expanded = workdir / "expanded"
     manifest = read_manifest(expanded)
-    info = load_info(workdir / "records")
+    splits = load_info(workdir / "records").splits
+    records = {name: load_records(workdir / "records", name, verify=True) for name in splits}
     source = open_checkpoint(str(expanded))
     config = read_model_config(source.hf_config, source.name)
-    result = train(
-        experiment,
-        source,
-        trained=select_trained(config, manifest.is_new, manifest.trained),
-        train_records=load_records(workdir / "records", "train", verify=True),
-        held_out_records=load_records(workdir / "records", "held_out", verify=True),
-        workdir=workdir,
-        fingerprints={
-            "grown model": hashlib.sha256((expanded / FILE_NAME).read_bytes()).hexdigest(),
-            "training text": info.splits["train"].sha256,
-            "held-out text": info.splits["held_out"].sha256,
-        },
-    )
-    metrics = [row for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
-    held_out_steps, held_out_losses = zip(*result.held_out_losses, strict=True)
-    plot_losses(
-        workdir / "loss.png",
-        steps=[int(row["step"]) for row in metrics],
-        losses=[row["loss"] for row in metrics],
-        held_out_steps=held_out_steps,
-        held_out_losses=held_out_losses,
-    )
+    fingerprints = {f"{name} records": split.sha256 for name, split in splits.items()}
+    fingerprints["grown model"] = hashlib.sha256((expanded / FILE_NAME).read_bytes()).hexdigest()
+    try:
+        result = train(
+            experiment,
+            source,
+            trained=select_trained(config, manifest.is_new, manifest.trained),
+            train_records=records["train"],
+            held_out_records=records["held_out"],
+            workdir=workdir,
+            fingerprints=fingerprints,
+            devices=jax.devices(),
+            profiled_steps=range(_PROFILE.value, _PROFILE.value + 3 * bool(_PROFILE.value)),
+        )
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        sys.exit(EXIT_STATUS)
+    if is_writer:
+        report(workdir, result)
+
+
+def report(workdir: Path, result: TrainingResult) -> None:
+    """Draws the losses and says what they did."""
+    picture, metrics = workdir / "loss.png", read_metrics(workdir / "metrics.jsonl")
+    plot_losses(picture, metrics, result.held_out_losses)
+    (_, before), *_, (_, after) = result.held_out_losses
     show(
-        f"held-out loss: {held_out_losses[0]:.4f} before, {held_out_losses[-1]:.4f} nats a token "
-        f"after {result.last_step} steps ({held_out_losses[-1] - held_out_losses[0]:+.4f})",
-        f"picture: {workdir / 'loss.png'}",
+        f"held-out loss: {before:.4f} before, {after:.4f} nats a token after {result.last_step} "
+        f"steps ({after - before:+.4f})",
+        f"picture: {picture}",
     )
 
 

@@ -14,8 +14,8 @@ _START_SECONDS = 300
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     "",
-    "For several processes: `auto` on SLURM, Open MPI, GKE and TPU VMs, which know their processes; "
-    "else HOST:PORT of process 0, with --num_processes and --process_id. Empty: one process.",
+    "For several processes: `auto` on SLURM, Open MPI, GKE and TPU VMs, which know them; else "
+    "HOST:PORT of process 0, with --num_processes and --process_id. Empty: one process.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "With --coordinator=HOST:PORT: how many processes there are."

@@ -98,22 +98,18 @@ def _draw_map(axis, map_MN: np.ndarray, match: np.ndarray, title: str) -> None:
 
 
 def plot_losses(
-    path: Path,
-    *,
-    steps: Sequence[int],
-    losses: Sequence[float],
-    held_out_steps: Sequence[int],
-    held_out_losses: Sequence[float],
+    path: Path, metrics: Sequence[Mapping[str, float]], held_out: Sequence[tuple[int, float]]
 ) -> None:
     """Draws the training loss and the held-out loss, which starts at the untrained model's.
 
     Args:
         path: The PNG to write.
-        steps: Optimizer steps.
-        losses: Training loss at each, nats a token.
-        held_out_steps: Steps at which held-out loss was measured, the first before training.
-        held_out_losses: Those, nats a token.
+        metrics: Lines of `metrics.jsonl`; those with a "loss" are drawn, nats a token.
+        held_out: (step, held-out loss, nats a token), the first before training.
     """
+    trained = [line for line in metrics if "loss" in line]
+    steps, losses = [line["step"] for line in trained], [line["loss"] for line in trained]
+    held_out_steps, held_out_losses = zip(*held_out, strict=True)
     fall = held_out_losses[0] - held_out_losses[-1]
     with mpl.rc_context(_LOOK):
         figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

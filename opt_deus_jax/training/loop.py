@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,11 @@ from opt_deus_jax.config import Experiment, TrainingConfig
 from opt_deus_jax.data.loader import held_out_batches, training_dataset
 from opt_deus_jax.data.records import Records
 from opt_deus_jax.distributed.mesh import make_mesh
+from opt_deus_jax.models.accounting import count_costs
+from opt_deus_jax.models.attention import check_attention
 from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
-from opt_deus_jax.training.metrics import StepMonitor, WriteMetrics, open_metrics
+from opt_deus_jax.training.metrics import StepMonitor, WriteMetrics, open_metrics, profiler
 from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from opt_deus_jax.training.placement import (
     Placement,
@@ -31,6 +33,7 @@ from opt_deus_jax.training.placement import (
     place,
     put_rows,
 )
+from opt_deus_jax.training.preemption import Preempted, preemption_notice
 from opt_deus_jax.training.segments import (
     Segment,
     TrainedNames,
@@ -81,20 +84,25 @@ def train(
     held_out_records: Records,
     workdir: Path,
     fingerprints: Mapping[str, str],
+    devices: Sequence[jax.Device],
+    profiled_steps: range = range(0),
 ) -> TrainingResult:
     """Trains, from the latest checkpoint of the work directory where there is one.
 
     A run that is killed at any moment and started again ends bit for bit where an uninterrupted
-    one does.
+    one does; on another mesh it sees the same records in the same order. All processes call this
+    with the same arguments.
 
     Args:
-        experiment: Its `data.seed`, `optimizer` and `training` are used.
+        experiment: Its `data.seed`, `optimizer`, `mesh` and `training` are used.
         source: The model to train.
         trained: Its parameters that are trained.
         train_records: Training records.
         held_out_records: Held-out records.
         workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
         fingerprints: Names and hashes of the model and the records; others' are refused.
+        devices: What to train on, of all processes.
+        profiled_steps: Steps of which a trace goes to `profile/`.
 
     Returns:
         The last state and the held-out losses.
@@ -102,22 +110,23 @@ def train(
     Raises:
         UserError: A setting is out of range, the checkpoint belongs to something else, or the
             loss is not finite.
+        Preempted: SIGTERM came; a checkpoint of the last step has been written.
     """
     training = resolve_steps(experiment.training, len(train_records))
     check_training(training)
     experiment = dataclasses.replace(experiment, training=training)
-    mesh = make_mesh(experiment.mesh, jax.devices())
+    mesh = make_mesh(experiment.mesh, devices)
     with jax.set_mesh(mesh):
         program = _program(experiment, source, trained, mesh)
         settings = settings_of(experiment, program.config, trained)
         settings |= {f"fingerprint of the {name}": value for name, value in fingerprints.items()}
-        return _train(
-            experiment, source, program, (train_records, held_out_records), workdir, settings
-        )
+        records = (train_records, held_out_records)
+        return _train(experiment, source, program, records, workdir, settings, profiled_steps)
 
 
 class _Program(NamedTuple):
     config: ModelConfig
+    trained: TrainedNames
     segments: tuple[Segment, ...]
     mask: Any
     shardings: Params
@@ -144,6 +153,13 @@ def _program(
     training = experiment.training
     config = read_model_config(source.hf_config, source.name)
     check_fits(config, training, mesh)
+    check_attention(
+        training.attention,
+        platform=mesh.devices.flat[0].platform,
+        compute_dtype=training.compute_dtype,
+        packed=experiment.data.format != "text" and experiment.data.packing,
+        head_dim=config.head_dim,
+    )
     segments = plan_segments(trained.blocks)
     mask = trained_mask(config, segments, trained.outer)
     schedule = learning_rate_schedule(experiment.optimizer, training.steps)
@@ -151,6 +167,7 @@ def _program(
     placement = place(config, segments, mask, optimizer, mesh)
     return _Program(
         config,
+        trained,
         segments,
         mask,
         param_shardings(config, segments, mesh),
@@ -168,6 +185,7 @@ def _train(
     records: tuple[Records, Records],
     workdir: Path,
     settings: dict[str, Any],
+    profiled_steps: range,
 ) -> TrainingResult:
     training, placement = experiment.training, program.placement
     rows = local_rows(placement.rows, training.batch_size)
@@ -187,7 +205,8 @@ def _train(
         state = initial_state(trainable, program.optimizer, placement)
         progress = _resume(checkpointer, state, batches, settings)
         if progress.last_step == training.steps:
-            tqdm.write(f"training is already finished, all {training.steps} steps are made")
+            if jax.process_index() == 0:
+                tqdm.write(f"training is already finished, all {training.steps} steps are made")
             return progress
         frozen = load(
             dtype=jnp.dtype(training.frozen_dtype),
@@ -195,24 +214,30 @@ def _train(
             wanted=invert_mask(program.mask),
         )
         run = _Run(training, program, checkpointer, batches, rows, frozen, records[1], settings)
-        with open_metrics(workdir, last_step=progress.last_step or -1) as write:
-            return _make_steps(run, progress, write)
+        last_step, is_writer = progress.last_step or -1, jax.process_index() == 0
+        with (
+            open_metrics(workdir, last_step, is_writer=is_writer) as write,
+            profiler(workdir, profiled_steps) as before_step,
+            preemption_notice() as is_preempted,
+        ):
+            return _make_steps(run, progress, write, before_step, is_preempted)
 
 
-def _make_steps(run: _Run, progress: TrainingResult, write: WriteMetrics) -> TrainingResult:
+def _make_steps(
+    run: _Run,
+    progress: TrainingResult,
+    write: WriteMetrics,
+    before_step: Callable[[int, Any], None],
+    is_preempted: Callable[[int], bool],
+) -> TrainingResult:
     training, program, start = run.training, run.program, progress.last_step
     state, losses = progress.state, progress.held_out_losses
     is_quiet = jax.process_index() > 0
     with tqdm(desc="steps", initial=start, total=training.steps, disable=is_quiet or None) as bar:
-        monitor = StepMonitor(
-            write,
-            bar,
-            tokens_per_step=training.batch_size * run.held_out_records.sequence_length,
-            log_every=training.log_every,
-            latest_checkpoint=lambda: orbax.latest_step(run.checkpointer),
-        )
+        monitor = _monitor(run, write, bar)
         for step in range(start, training.steps + 1):
             if step > start:
+                before_step(step, state)
                 columns = next(run.batches)
                 numbers = columns.pop("record")
                 batch = put_rows(columns, run.rows, len(numbers), program.placement.rows)
@@ -223,19 +248,46 @@ def _make_steps(run: _Run, progress: TrainingResult, write: WriteMetrics) -> Tra
                 loss = _held_out_loss(run, state.trainable)
                 losses = (*losses, (step, loss))
                 monitor.report_held_out(step, loss)
-            if step > start and run.checkpointer.should_save(step):
+            if step == start:
+                continue
+            ends = is_preempted(step) and step < training.steps
+            if ends or run.checkpointer.should_save(step):
                 # Only what is known to be finite is saved.
                 monitor.flush()
-                metadata = {"settings": run.settings, "held_out_losses": losses}
-                orbax.save(
-                    run.checkpointer,
-                    step,
-                    _saved_trees(state),
-                    run.batches,
-                    metadata,
-                    dict(losses).get(step),
-                )
+                _save(run, state, step, losses)
+            if ends:
+                raise Preempted(f"SIGTERM: stopped after step {step}, which is saved")
     return TrainingResult(state, losses, progress.resumed_from, training.steps)
+
+
+def _save(run: _Run, state: TrainState, step: int, losses: tuple[tuple[int, float], ...]) -> None:
+    metadata = {"settings": run.settings, "held_out_losses": losses}
+    trees, loss = _saved_trees(state), dict(losses).get(step)
+    orbax.save(run.checkpointer, step, trees, run.batches, metadata, loss)
+
+
+def _monitor(run: _Run, write: WriteMetrics, bar: tqdm) -> StepMonitor:
+    training, program = run.training, run.program
+    sequence_length = run.held_out_records.sequence_length
+    tokens_per_step = training.batch_size * sequence_length
+    costs = count_costs(
+        program.config,
+        program.trained.outer,
+        program.trained.blocks,
+        sequence_length=sequence_length,
+        frozen_bytes=jnp.dtype(training.frozen_dtype).itemsize,
+    )
+    return StepMonitor(
+        write,
+        bar,
+        tokens_per_step=tokens_per_step,
+        model_flops_per_step=tokens_per_step * costs.model_flops,
+        trained_depths=[depth for depth, names in enumerate(program.trained.blocks) if names],
+        devices=jax.devices(),
+        log_every=training.log_every,
+        latest_checkpoint=lambda: orbax.latest_step(run.checkpointer),
+        is_writer=jax.process_index() == 0,
+    )
 
 
 def _held_out_loss(run: _Run, trainable: Params) -> float:

@@ -13,6 +13,7 @@ from opt_deus_jax.distributed.sharding import constrain
 from opt_deus_jax.models.language_model import Params, head_kernel, hidden_states
 from opt_deus_jax.models.loss import weighted_cross_entropy
 from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.training.metrics import layer_norms
 from opt_deus_jax.training.placement import Placement
 from opt_deus_jax.training.segments import merge
 
@@ -188,7 +189,8 @@ def make_train_step(
     Returns:
         `train_step(state, frozen, batch) -> (state, metrics)`, to be called under `jax.set_mesh`.
         It consumes the state. Metrics are the float32 scalars loss (nats a predicted token),
-        grad_norm (before clipping) and learning_rate.
+        grad_norm (before clipping) and learning_rate, and by trained layer layer_grad_norm and
+        layer_parameter_norm (before the update).
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -207,6 +209,8 @@ def make_train_step(
             "loss": loss,
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
+            "layer_grad_norm": layer_norms(gradients),
+            "layer_parameter_norm": layer_norms(state.trainable),
         }
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics  # pyright: ignore

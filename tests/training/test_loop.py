@@ -24,6 +24,13 @@ from tests.training.tiny import source_of, tiny_hf_config, tiny_records, tiny_so
 
 MODEL = read_model_config(tiny_hf_config())
 TRAINED = select_trained(MODEL, [False, False, True, True], "new")
+# On a CPU, whose peak and memory are not known.
+SPEEDS = {
+    "step_seconds",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "model_flops_per_second",
+}
 ROOT = Path(__file__).parents[2]
 STEPS = 24
 
@@ -54,6 +61,7 @@ def run(
         "held_out_records": tiny_records(7, seed=1),
         "workdir": workdir,
         "fingerprints": {"model": "a", "records": "b"},
+        "devices": jax.devices()[:1],
     }
     source = source or tiny_source(zeroed=(2, 3))
     return loop.train(settings or experiment(), source, **(arguments | changes))
@@ -78,7 +86,9 @@ def test_a_run_leaves_losses_metrics_and_checkpoints(
     assert steps_of(workdir, "held_out_loss") == [0, 10, 20, 24]
     assert steps_of(workdir, "loss") == list(range(1, STEPS + 1))
     line = read_metrics(workdir / "metrics.jsonl")[1]
-    assert set(line) == {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    norms = {f"layer_{kind}_norm/{layer}" for kind in ("grad", "parameter") for layer in (2, 3)}
+    assert set(line) == {"step", "loss", "grad_norm", "learning_rate"} | SPEEDS | norms
+    assert all(line[name] > 0 for name in norms)
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [20, 24]
     assert list((workdir / "tensorboard").iterdir())
     # Only the two trained layers are saved: two moments and one master each.
@@ -165,7 +175,7 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(
     assert result.held_out_losses == expected.held_out_losses
     without_speed = [
         [
-            {name: value for name, value in line.items() if name != "tokens_per_second"}
+            {name: value for name, value in line.items() if name not in SPEEDS}
             for line in read_metrics(folder / "metrics.jsonl")
         ]
         for folder in (workdir, tmp_path)
