@@ -32,17 +32,17 @@ def main() -> None:
         tokenizer_fingerprint=hashlib.sha256(tokenizer.tokenizer_json).hexdigest(),
         vocabulary_size=source.hf_config["vocab_size"],
     )
-    shown = {"records": "sequences", "tokens": "tokens"}
+    shown = {"documents": "documents", "records": "sequences", "tokens": "tokens"}
     if experiment.data.format != "text":
         shown |= {
+            "documents": "examples",
             "predicted_tokens": "tokens of answers",
-            "truncated": "answers cut at the end",
-            "dropped": "left out, answer too far",
+            "truncated": "answers cut at data.sequence_length",
+            "dropped": "examples left out: answer beyond it",
         }
-    table = Table("split", "documents", *shown.values(), title=f"{workdir / 'records'}")
-    for name, split in info.splits.items():
-        counts = [f"{getattr(split, field):,}" for field in ("documents", *shown)]
-        table.add_row(name, *counts)
+    table = Table("", *info.splits, title=f"{workdir / 'records'}")
+    for field, label in shown.items():
+        table.add_row(label, *(f"{getattr(split, field):,}" for split in info.splits.values()))
     show(table)
 
 
