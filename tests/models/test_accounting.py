@@ -1,4 +1,3 @@
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +18,11 @@ from opt_deus_jax.models.language_model import (
 )
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
-from opt_deus_jax.training.segments import (
-    TrainedNames,
-    partition,
-    plan_segments,
-    select_trained,
-    trained_mask,
-)
-from opt_deus_jax.training.step import loss_fn
+from opt_deus_jax.training.segments import TrainedNames, select_trained
 from opt_deus_jax.upscaling.layout import plan_layout
 from tests.jaxprs import matmul_flops
 from tests.llama_checkpoints import hf_config
+from tests.training.gradients import abstract, gradient_jaxpr
 
 LLAMA_1B = hf_config(vocab_size=128256, hidden_size=2048, intermediate_size=8192,
                      num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
@@ -158,40 +151,18 @@ def placed(layout: str) -> list[bool]:
     return [origin.is_new for origin in plan_layout(layout, 6, 2)]
 
 
-def float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def split_params(config: ModelConfig, names: TrainedNames) -> tuple[Any, Any]:
-    """Shapes of the trainable and the frozen params, in segments."""
-    segments = plan_segments(names.blocks)
-    params: dict[str, Any] = {k: float32(spec.shape) for k, spec in outer_specs(config).items()}
-    params["segments"] = [
-        [
-            {k: float32((segment.repeats, *s.shape)) for k, s in block_specs(config).items()}
-            for _ in segment.pattern
-        ]
-        for segment in segments
-    ]
-    return partition(params, trained_mask(config, segments, names.outer))
-
-
 def flops_of_the_step(config: ModelConfig, names: TrainedNames, remat: str = "none") -> int:
     """A token's matrix products in the loss and gradients that are trained with."""
-    trainable, frozen = split_params(config, names)
-    batch = {"tokens": jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)}
-    loss = functools.partial(loss_fn, config=config, training=TrainingConfig(remat=remat))
-    weights = float32((BATCH, LENGTH))
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(trainable, frozen, batch, weights)
+    jaxpr = gradient_jaxpr(config, names, TrainingConfig(remat=remat), BATCH, LENGTH)
     return matmul_flops(jaxpr) // (BATCH * LENGTH)
 
 
 def flops_that_are_needed(config: ModelConfig, names: TrainedNames) -> int:
     """The same of a network without scans and with plain cross-entropy."""
     outer, specs = outer_specs(config), block_specs(config)
-    params = {("", name): float32(spec.shape) for name, spec in outer.items()}
+    params = {("", name): abstract(spec.shape) for name, spec in outer.items()}
     for depth in range(len(names.blocks)):
-        params |= {(str(depth), name): float32(spec.shape) for name, spec in specs.items()}
+        params |= {(str(depth), name): abstract(spec.shape) for name, spec in specs.items()}
     is_trained = {
         (where, name): name in (names.blocks[int(where)] if where else names.outer)
         for where, name in params
@@ -257,9 +228,13 @@ def test_flops_of_the_outer_parameters_are_those_needed(outer: str):
     assert costs_of(TINY, names).model_flops == flops_that_are_needed(TINY, names)
 
 
-@pytest.mark.parametrize("remat", ["matmuls", "block"])
 @pytest.mark.parametrize(
-    ("trained", "layout"), [("new", "top"), ("new", "middle"), ("all", "stack"), ("norm", "top")]
+    ("trained", "layout", "remat"),
+    [
+        *(("new", layout, "matmuls") for layout in ("top", "middle")),
+        *(("all", "stack", remat) for remat in ("matmuls", "block")),
+        *(("norm", "top", remat) for remat in ("matmuls", "block")),
+    ],
 )
 def test_what_is_computed_twice_is_counted_apart(trained: str, layout: str, remat: str):
     names = select_trained(TINY, placed(layout), trained)

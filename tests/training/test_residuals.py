@@ -1,0 +1,52 @@
+"""What the forward pass stores for the backward pass, read from the jaxpr of the gradient."""
+
+from typing import Any
+
+import pytest
+
+from opt_deus_jax.config import TrainingConfig
+from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.training.segments import plan_segments, select_trained
+from opt_deus_jax.upscaling.layout import plan_layout
+from tests.jaxprs import scans
+from tests.training.gradients import gradient_jaxpr
+from tests.training.tiny import tiny_hf_config
+
+CONFIG = read_model_config(tiny_hf_config())
+
+
+def stacked_outputs(scan: Any) -> list[tuple[int, ...]]:
+    """Shapes of what a scan hands on from each of its steps, beside the carry."""
+    return [variable.aval.shape for variable in scan.outvars[scan.params["num_carry"] :]]
+
+
+@pytest.mark.parametrize("remat", ["none", "matmuls", "block"])
+@pytest.mark.parametrize(
+    ("layout", "trained", "frozen", "with_backward"),
+    [
+        ("top", "new", 1, 1),
+        # A frozen prefix, the new layers, and frozen ones that the gradient passes through.
+        ("middle", "new", 1, 2),
+        ("uniform", "new", 1, 3),
+        ("top", r"layers\.[45]\..*mlp", 1, 1),
+        ("top", "embed_tokens", 0, 1),
+        ("stack", "all", 0, 1),
+    ],
+)
+def test_only_what_lies_above_a_trained_parameter_stores_residuals(
+    layout: str, trained: str, frozen: int, with_backward: int, remat: str
+):
+    is_new = [origin.is_new for origin in plan_layout(layout, 4, 2)]
+    names = select_trained(CONFIG, is_new, trained)
+    training = TrainingConfig(remat=remat)
+    *found, loss = [
+        scan
+        for scan in scans(gradient_jaxpr(CONFIG, names, training, 2, 8))
+        if not scan.params["reverse"]
+    ]
+    assert stacked_outputs(loss) == [(1, 2, 8, CONFIG.width)]
+    segments = plan_segments(names.blocks)
+    assert [scan.params["length"] for scan in found] == [segment.repeats for segment in segments]
+    assert [len(stacked_outputs(scan)) > 0 for scan in found] == (
+        [False] * frozen + [True] * with_backward
+    )
