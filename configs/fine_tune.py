@@ -10,7 +10,7 @@ otherwise. The instructions are the 52,002 rows of alpaca_gpt4_data.json (github
 Instruction-Tuning-with-GPT-4/GPT-4-LLM, CC BY-NC 4.0), or any other rows of that form.
 
 The authors published neither learning rate nor sequence length of this stage: 1e-5 is usual for
-tuning all parameters, 2048 is that of their pre-training.
+tuning all parameters of such models, 2048 is the length of their pre-training.
 
 Weights, gradients and moments of all parameters take 16 bytes each: 28 GB for Llama 1B + 8, 184 GB
 for 8B + 16, to be shared out by --config.mesh.
@@ -57,6 +57,7 @@ def get_config(variant: str = "") -> Experiment:
         experiment.base = smollm2_base()
         experiment.data.sequence_length = 256
         experiment.data.max_held_out_tokens = 8_192
+        experiment.optimizer.learning_rate = 1e-4
         experiment.training.batch_size = 4
         experiment.training.evaluate_every = 50
     return experiment
