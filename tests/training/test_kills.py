@@ -1,6 +1,5 @@
 """Trainings that are killed or preempted on their way end bit for bit where they would have."""
 
-import multiprocessing
 import random
 import signal
 import sys
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from opt_deus_jax.config import Experiment
@@ -17,7 +15,7 @@ from opt_deus_jax.training.loop import TrainingResult
 from opt_deus_jax.training.metrics import read_metrics
 from opt_deus_jax.training.preemption import EXIT_STATUS, Preempted
 from opt_deus_jax.training.weights import parameter_hash
-from tests.training.test_loop import ROOT, SPEEDS, experiment, run, steps_of
+from tests.training.test_loop import SPEEDS, experiment, run, steps_of
 
 KILLS = 20
 STEPS = 30
@@ -36,20 +34,6 @@ def train_in_child(workdir: Path) -> None:
         run(workdir, settings())
     except Preempted:
         sys.exit(EXIT_STATUS)
-
-
-@pytest.fixture(scope="module")
-def children(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Starts training processes fast: forks of one that has imported JAX but not used it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("JAX_PLATFORMS", "cpu")
-        patch.setenv("JAX_NUM_CPU_DEVICES", str(len(jax.devices())))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        yield context
 
 
 @pytest.fixture(scope="module")
