@@ -7,7 +7,6 @@ Exits with status 1 and the number of bytes that are missing where it does not f
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -31,11 +30,9 @@ from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.layout import plan_layout
 from opt_deus_jax.upscaling.methods import resolve_method
 
-launch.define_flags(needs_workdir=False)
-TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5p:4x4x4.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "File that gets the figures as JSON.")
-for flag in (TOPOLOGY, OUTPUT):
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5p:4x4x4.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "File that gets the figures as JSON.")
+launch.define_flags(needs_workdir=False, others=(_TOPOLOGY.name, _OUTPUT.name))
 
 
 def main() -> None:
@@ -43,7 +40,7 @@ def main() -> None:
     # Nothing is run: the CPU holds the constants while the compiler works for the slice.
     jax.config.update("jax_platforms", "cpu")
     experiment = launch.experiment_from_flags()
-    topology = parse_topology(TOPOLOGY.value)
+    topology = parse_topology(_TOPOLOGY.value)
     devices = topology_devices(topology)
     _, model = read_config_only(experiment.base)
     method, upscale = resolve_method(experiment.upscale), experiment.upscale
@@ -60,8 +57,8 @@ def main() -> None:
         compile_seconds=time.perf_counter() - start,
     )
     show(report_table(report, f"{experiment.base}, {len(layers)} layers, on {topology.name}"))
-    if OUTPUT.value:
-        Path(OUTPUT.value).write_text(json.dumps(as_json(report), indent=2) + "\n")
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(json.dumps(as_json(report), indent=2) + "\n")
     if report.missing_bytes:
         raise does_not_fit(topology, report.missing_bytes)
 

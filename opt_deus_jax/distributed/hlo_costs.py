@@ -180,6 +180,8 @@ def _written(module: HloModule, computation: Computation, name: str) -> list[int
     if root.opcode == "fusion":
         inner = module.computations[root.called("calls") or ""]
         return _written(module, inner, inner.root)
+    if root.opcode == "parameter":
+        return [0]
     return [array.num_bytes for array in root.arrays]
 
 
@@ -227,33 +229,46 @@ def _group_size(attributes: str) -> int:
     raise ValueError(f"unknown replica_groups in HLO: {attributes[:200]}")
 
 
-def _collectives(
-    module: HloModule, computation: Computation, instruction: Instruction
-) -> Iterator[tuple[str, int]]:
-    """(kind, bytes that a device receives) of every collective in one instruction."""
-    if instruction.opcode == "fusion":
-        inner = module.computations[instruction.called("calls") or ""]
-        for part in inner.instructions.values():
-            for kind, received in _collectives(module, inner, part):
-                # TPU: an all-reduce of which each device keeps a slice is a reduce-scatter.
-                sliced = kind == "all-reduce" and _written(module, inner, inner.root) != [
-                    array.num_bytes for array in part.arrays
-                ]
-                yield ("reduce-scatter", received // 2) if sliced else (kind, received)
+def _received(computation: Computation, instruction: Instruction) -> tuple[str, int] | None:
+    """Kind of a collective and the bytes that a device receives; None for anything else."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
-        return
+        return None
     sent = sum(computation.instructions[name].num_bytes for name in instruction.operands)
     if kind in ("collective-permute", "collective-broadcast"):
-        yield kind, sent
-        return
+        return kind, sent
     others = _group_size(instruction.attributes) - 1
     if kind == "all-gather":
-        yield kind, sent * others
-    elif kind == "all-reduce":
-        yield kind, 2 * sent * others // (others + 1)
-    else:
-        yield kind, sent * others // (others + 1)
+        return kind, sent * others
+    if kind == "all-reduce":
+        return kind, 2 * sent * others // (others + 1)
+    return kind, sent * others // (others + 1)
+
+
+def _collectives(module: HloModule, computation: Computation) -> Iterator[tuple[str, int]]:
+    """(kind, bytes that a device receives) of every collective of a computation."""
+    channels: set[str] = set()
+    for instruction in computation.instructions.values():
+        found = _received(computation, instruction)
+        if found is not None:
+            yield found
+        if instruction.opcode != "fusion":
+            continue
+        inner = module.computations[instruction.called("calls") or ""]
+        for part in inner.instructions.values():
+            found = _received(inner, part)
+            channel = re.search(r"channel_id=(\d+)", part.attributes)
+            # A TPU starts a collective in one fusion and ends it in another, on the same channel.
+            if found is None or (channel and channel[1] in channels):
+                continue
+            if channel:
+                channels.add(channel[1])
+            kind, received = found
+            # An all-reduce of which each device keeps a slice is a reduce-scatter.
+            written = sum(_written(module, inner, inner.root))
+            if kind == "all-reduce" and written < part.num_bytes:
+                kind, received = "reduce-scatter", received // 2
+            yield kind, received
 
 
 def count_hlo(module: HloModule) -> HloCosts:
@@ -278,9 +293,9 @@ def count_hlo(module: HloModule) -> HloCosts:
                 uncounted.append(instruction.name)
             flops += times * (counted or 0)
             hbm_bytes += times * _hbm_bytes(module, computation, instruction)
-            for kind, received in _collectives(module, computation, instruction):
-                before = collectives.get(kind, Collective(0, 0))
-                collectives[kind] = Collective(
-                    before.count + times, before.num_bytes + times * received
-                )
+        for kind, received in _collectives(module, computation):
+            before = collectives.get(kind, Collective(0, 0))
+            collectives[kind] = Collective(
+                before.count + times, before.num_bytes + times * received
+            )
     return HloCosts(flops, hbm_bytes, collectives, tuple(uncounted))
