@@ -167,14 +167,7 @@ def test_sigterm_to_one_process_saves_and_stops_both(
     statuses = end(started, 60)
     # The notice may come too late for the last step.
     assert statuses in ([EXIT_STATUS] * 2, [0] * 2)
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     summary = run(children, tmp_path, 2)
-    assert (
-        summary["resumed_from"]
-        == max(
-            int(path.name)
-            for path in (tmp_path / "checkpoints").iterdir()
-            if path.name != str(STEPS)
-        )
-        or statuses == [0] * 2
-    )
+    assert summary["resumed_from"] == saved >= 3
     assert_same(tmp_path, summary, alone)
