@@ -177,7 +177,7 @@ def test_segmented_forward_equals_unsegmented(config: ModelConfig, is_new: list[
         source,
         config,
         dtype=jnp.dtype("float32"),
-        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
     )
     segments = plan_segments(select_trained(config, is_new, "new").blocks)
     params, segmented = load(plan_segments([F] * 6)), load(segments)
