@@ -23,9 +23,7 @@ from opt_deus_jax.checkpoints.saved_step import (
     METRIC,
     SavedStep,
     attempt,
-    find_step,
     load_arrays,
-    load_some,
     orbax_context,
     read_step,
     seal,
@@ -209,23 +207,6 @@ def restore(
     if damaged:
         raise _all_damaged(Path(str(checkpointer.directory)), damaged)
     return None
-
-
-def load_trainable(directory: Path, trainable: Any) -> tuple[int, Any, dict[str, Any]]:
-    """Reads the trained parameters of the latest checkpoint; leaves the folder as it is.
-
-    Args:
-        directory: The folder of checkpoints.
-        trainable: Pytree of `jax.ShapeDtypeStruct`, each with its sharding.
-
-    Returns:
-        (step, trainable, metadata).
-
-    Raises:
-        UserError: There is no checkpoint, or it is damaged.
-    """
-    saved = find_step(directory, "latest")
-    return saved.step, load_some(saved, {"trainable": trainable})["trainable"], saved.metadata
 
 
 def _agree(reason: str | None) -> str | None:

@@ -20,7 +20,7 @@ from opt_deus_jax.training.segments import (
     select_trained,
     trained_mask,
 )
-from opt_deus_jax.training.weights import _hf_names, _is_names
+from opt_deus_jax.training.weights import hf_names, is_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def trained_tensors(
     stacks = {path for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
     places: dict[str, tuple[tuple, int | None]] = {}
     for stack, names in jax.tree_util.tree_leaves_with_path(
-        _hf_names(config, segments), is_leaf=_is_names
+        hf_names(config, segments), is_leaf=is_names
     ):
         if stack not in stacks:
             continue

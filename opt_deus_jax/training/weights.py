@@ -1,33 +1,32 @@
 """Between a checkpoint's named tensors and the stacked leaves of a param pytree."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opt_deus_jax.checkpoints import orbax
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, named_tensors, outer_specs
-from opt_deus_jax.training.placement import abstract_params
-from opt_deus_jax.training.segments import (
-    Segment,
-    TrainedNames,
-    depth_of,
-    partition,
-    plan_segments,
-    trained_mask,
-)
+from opt_deus_jax.training.segments import Segment, depth_of
 
 
-def _hf_names(config: ModelConfig, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The param pytree with, for each leaf, the names of its tensors: one, or a list of rows."""
+def hf_names(config: ModelConfig, segments: Sequence[Segment]) -> dict[str, Any]:
+    """Names the tensors of every leaf of a param pytree.
+
+    Args:
+        config: The network.
+        segments: How its blocks are stacked.
+
+    Returns:
+        A param pytree whose leaves, which `is_names` tells, are a Hugging Face name or, for a
+        stack, one for each of its rows.
+    """
     names: dict[str, Any] = {name: spec.hf_name for name, spec in outer_specs(config).items()}
     names["segments"] = [
         [
@@ -45,7 +44,8 @@ def _hf_names(config: ModelConfig, segments: Sequence[Segment]) -> dict[str, Any
     return names
 
 
-def _is_names(node: Any) -> bool:
+def is_names(node: Any) -> bool:
+    """Whether a node is a leaf of `hf_names`."""
     return isinstance(node, str) or (
         isinstance(node, list) and all(isinstance(name, str) for name in node)
     )
@@ -121,11 +121,11 @@ def load_params(
 
         return jax.make_array_from_callback(shape, sharding, read_part)
 
-    all_names = _hf_names(config, segments)
+    all_names = hf_names(config, segments)
     if wanted is None:
-        wanted = jax.tree.map(lambda _: True, all_names, is_leaf=_is_names)
+        wanted = jax.tree.map(lambda _: True, all_names, is_leaf=is_names)
     shardings = jax.tree.broadcast(shardings, wanted)
-    return jax.tree.map(read_leaf, all_names, shardings, wanted, is_leaf=_is_names)
+    return jax.tree.map(read_leaf, all_names, shardings, wanted, is_leaf=is_names)
 
 
 def _read_part(
@@ -140,70 +140,6 @@ def _read_part(
     for row, name in enumerate(chosen[1:], 1):
         stacked[row] = source.read_part(name, index[1:])
     return stacked
-
-
-def load_trained(
-    directory: Path, config: ModelConfig, trained: TrainedNames
-) -> tuple[int, Params, dict[str, Any]]:
-    """Reads the trained parameters of the latest training checkpoint, and nothing else.
-
-    Args:
-        directory: The `checkpoints` folder of a work directory.
-        config: The network.
-        trained: The parameters that were trained.
-
-    Returns:
-        (step, param pytree of float32 arrays with None for frozen leaves, metadata as `train`
-        wrote it).
-
-    Raises:
-        UserError: There is no checkpoint.
-    """
-    segments = plan_segments(trained.blocks)
-    mask = trained_mask(config, segments, trained.outer)
-    first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract, _ = partition(
-        abstract_params(config, segments, jnp.dtype("float32"), first_device), mask
-    )
-    return orbax.load_trainable(directory, abstract)
-
-
-def tensor_by_name(
-    params: Params,
-    config: ModelConfig,
-    segments: Sequence[Segment],
-    frozen: Callable[[str], np.ndarray] | None = None,
-) -> Callable[[str], np.ndarray]:
-    """Gives access to the tensors of a param pytree by their Hugging Face names.
-
-    Args:
-        params: A param pytree; with None for frozen leaves where `frozen` is given.
-        config: The network.
-        segments: How its blocks are stacked.
-        frozen: Reads a tensor whose leaf is None, as `CheckpointSource.read` of the model that was
-            trained: so frozen tensors come out bit for bit as they went in.
-
-    Returns:
-        A function from name to array, which copies no more than that tensor to the host; it raises
-        KeyError for an unknown name.
-    """
-    places: dict[str, tuple[Any, int | None]] = {}
-
-    def note(names: str | list[str], leaf: Any) -> None:
-        rows = [(names, None)] if isinstance(names, str) else [(n, r) for r, n in enumerate(names)]
-        places.update({name: (leaf, row) for name, row in rows})
-
-    jax.tree.map(note, _hf_names(config, segments), params, is_leaf=_is_names)
-
-    def read(name: str) -> np.ndarray:
-        leaf, row = places[name]
-        if leaf is not None:
-            return np.asarray(leaf if row is None else leaf[row])
-        if frozen is None:
-            raise ValueError(f"parameter {name} is frozen and no reader of frozen ones was given")
-        return frozen(name)
-
-    return read
 
 
 def parameter_hash(tree: Any) -> str:

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from opt_deus_jax.models.language_model import BlockParams
+from opt_deus_jax.models.language_model import BlockParams, Params
+from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.training.segments import Segment, depth_of
+from opt_deus_jax.training.weights import hf_names, is_names
 
 
 def stack_blocks(
@@ -35,3 +38,18 @@ def unstack_blocks(
         for repeat in range(segment.repeats)
         for block in pattern
     ]
+
+
+def tensors_of(
+    params: Params, config: ModelConfig, segments: Sequence[Segment]
+) -> dict[str, np.ndarray]:
+    """The tensors of the leaves that are there, by their Hugging Face names."""
+    found: dict[str, np.ndarray] = {}
+
+    def note(names: str | list[str], leaf: jax.Array | None) -> None:
+        if leaf is not None:
+            rows = [np.asarray(leaf)] if isinstance(names, str) else list(np.asarray(leaf))
+            found.update(zip([names] if isinstance(names, str) else names, rows, strict=True))
+
+    jax.tree.map(note, hf_names(config, segments), params, is_leaf=is_names)
+    return found

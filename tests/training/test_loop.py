@@ -12,14 +12,17 @@ import jax
 import numpy as np
 import pytest
 
+from opt_deus_jax.checkpoints.saved_step import find_step
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.config import DataConfig, Experiment, OptimizerConfig, TrainingConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.training import loop
+from opt_deus_jax.training.export import trained_tensors
 from opt_deus_jax.training.metrics import read_metrics
-from opt_deus_jax.training.segments import select_trained
-from opt_deus_jax.training.weights import load_trained, parameter_hash
+from opt_deus_jax.training.segments import plan_segments, select_trained
+from opt_deus_jax.training.weights import parameter_hash
+from tests.training.stacking import tensors_of
 from tests.training.tiny import source_of, tiny_hf_config, tiny_records, tiny_source, tiny_tensors
 
 MODEL = read_model_config(tiny_hf_config())
@@ -96,11 +99,16 @@ def test_a_run_leaves_losses_metrics_and_checkpoints(
     trained_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(result.state.trainable))
     assert saved < 3 * trained_bytes + 100_000
 
-    step, trainable, metadata = load_trained(workdir / "checkpoints", MODEL, TRAINED)
-    assert step == STEPS
-    assert parameter_hash(trainable) == parameter_hash(result.state.trainable)
-    assert metadata["settings"]["fingerprint of the model"] == "a"
-    assert [tuple(pair) for pair in metadata["held_out_losses"]] == list(result.held_out_losses)
+    last = find_step(workdir / "checkpoints", "latest")
+    assert last.step == STEPS
+    names, read = trained_tensors(last, MODEL, TRAINED)
+    trained = tensors_of(result.state.trainable, MODEL, plan_segments(TRAINED.blocks))
+    assert set(names) == trained.keys()
+    for name in names:
+        np.testing.assert_array_equal(read(name), trained[name])
+    assert last.metadata["settings"]["fingerprint of the model"] == "a"
+    losses = last.metadata["held_out_losses"]
+    assert [tuple(pair) for pair in losses] == list(result.held_out_losses)
 
 
 def test_a_finished_run_says_so(

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 
 import jax
@@ -6,9 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from opt_deus_jax.config import MeshConfig
+from opt_deus_jax.distributed.mesh import make_mesh
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
-from opt_deus_jax.training.placement import abstract_params
+from opt_deus_jax.training.placement import abstract_params, param_shardings
 from opt_deus_jax.training.segments import (
     invert_mask,
     merge,
@@ -18,10 +21,9 @@ from opt_deus_jax.training.segments import (
 )
 from opt_deus_jax.training.weights import (
     load_params,
-    load_trained,
     parameter_hash,
-    tensor_by_name,
 )
+from tests.training.stacking import tensors_of
 from tests.training.tiny import source_of, tiny_hf_config, tiny_tensors
 
 HF_CONFIG = tiny_hf_config(num_hidden_layers=5, attention_bias=True, tie_word_embeddings=False)
@@ -50,11 +52,10 @@ def test_tensors_go_in_and_come_out_by_name(config, device, tensors):  # noqa: A
     params = load_params(
         source_of(HF_CONFIG, tensors), config, segments, dtype=FLOAT32, shardings=device
     )
-    read = tensor_by_name(params, config, segments)
+    found = tensors_of(params, config, segments)
+    assert found.keys() == tensors.keys()
     for name, array in tensors.items():
-        np.testing.assert_array_equal(read(name), array)
-    with pytest.raises(KeyError):
-        read("model.layers.5.mlp.up_proj.weight")
+        np.testing.assert_array_equal(found[name], array)
     abstract = abstract_params(config, segments, FLOAT32, device)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), params
@@ -74,14 +75,8 @@ def test_trained_masters_and_frozen_bfloat16_make_the_whole(config, device, tens
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {BFLOAT16}
     assert len(jax.tree.leaves(merge(trainable, frozen))) == len(jax.tree.leaves(mask))
 
-    # Exported frozen tensors are those of the source, not their bfloat16 copies.
-    read = tensor_by_name(trainable, config, segments, source.read)
-    for name, array in tensors.items():
-        np.testing.assert_array_equal(read(name), array)
-    rounded = tensor_by_name(merge(trainable, frozen), config, segments)("lm_head.weight")
+    rounded = tensors_of(frozen, config, segments)["lm_head.weight"]
     np.testing.assert_array_equal(rounded, tensors["lm_head.weight"].astype(ml_dtypes.bfloat16))
-    with pytest.raises(ValueError, match="lm_head.weight is frozen"):
-        tensor_by_name(trainable, config, segments)("lm_head.weight")
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(config, device, tensors):  # noqa: ANN001
@@ -122,7 +117,22 @@ def test_hash_sees_path_dtype_shape_and_bytes():
     assert len({parameter_hash(other) for other in [tree, *others]}) == 6
 
 
-def test_no_training_checkpoint_is_said_so(config, tmp_path):  # noqa: ANN001
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match="run experiments.train first"):
-            load_trained(folder, config, select_trained(config, MASK, "new"))
+def test_each_device_reads_its_part_alone(config, tensors):  # noqa: ANN001
+    segments = plan_segments(select_trained(config, MASK, "new").blocks)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    read = []
+
+    def read_slice(name: str, part: tuple[slice, ...]) -> np.ndarray:
+        read.append(tensors[name][part].nbytes)
+        return tensors[name][part]
+
+    source = dataclasses.replace(source_of(HF_CONFIG, tensors), read_slice=read_slice)
+    shardings = param_shardings(config, segments, mesh)
+    params = load_params(source, config, segments, dtype=FLOAT32, shardings=shardings)
+    for name, array in tensors_of(params, config, segments).items():
+        np.testing.assert_array_equal(array, tensors[name])
+    # Groups along `data` hold the same parts, which are read once.
+    vectors = sum(array.nbytes for array in tensors.values() if array.ndim == 1)
+    assert sum(read) <= sum(array.nbytes for array in tensors.values()) + vectors
+    kernel = params["segments"][0][0]["gate_kernel"]
+    assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], 24, 16)
