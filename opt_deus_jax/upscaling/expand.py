@@ -253,9 +253,8 @@ def expand_checkpoint(
     """
     config = read_model_config(source.hf_config, f"{source.name}: config.json")
     method = resolve_method(upscale)
-    grown_before = manifest_of(source) if upscale.method == "base" else None
-    layers = plan_layers(upscale, config.num_layers, grown_before)
-    plan = _Plan(config, upscale, method, layers)
+    base = manifest_of(source) if upscale.method == "base" else None
+    plan = _Plan(config, upscale, method, plan_layers(upscale, config.num_layers, base))
     reader = _Reader(source, plan, on_layer)
     tensors = [(name, info) for name, (info, _) in reader.planned.items()]
     made: list[tuple[Manifest, IdentityReport]] = []
@@ -264,11 +263,11 @@ def expand_checkpoint(
         write_weights(partial, tensors, reader.read, max_shard_bytes)
         for file, content in source.side_files.items():
             (partial / file).write_bytes(content)
-        write_json(partial / "config.json", grown_hf_config(source.hf_config, len(layers)))
+        write_json(partial / "config.json", grown_hf_config(source.hf_config, len(plan.layers)))
         grown = open_hf_directory(partial, str(directory))
         identity = compare_to_base(source, grown, probe_BT)
-        must_be_identical = method.zero_init or upscale.method == "base"
-        if must_be_identical and not identity.bit_identical:
+        is_exact = method.zero_init or upscale.method == "base"
+        if is_exact and not identity.bit_identical:
             raise UserError(
                 f"{directory}: the grown model is not its base (logits differ by up to "
                 f"{identity.max_difference:.3g}); nothing was written, please report this"
