@@ -266,8 +266,7 @@ def expand_checkpoint(
         write_json(partial / "config.json", grown_hf_config(source.hf_config, len(plan.layers)))
         grown = open_hf_directory(partial, str(directory))
         identity = compare_to_base(source, grown, probe_BT)
-        is_exact = method.zero_init or upscale.method == "base"
-        if is_exact and not identity.bit_identical:
+        if (method.zero_init or upscale.method == "base") and not identity.bit_identical:
             raise UserError(
                 f"{directory}: the grown model is not its base (logits differ by up to "
                 f"{identity.max_difference:.3g}); nothing was written, please report this"
