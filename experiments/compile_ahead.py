@@ -14,6 +14,7 @@ import jax
 from absl import flags
 
 from opt_deus_jax import launch
+from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
 from opt_deus_jax.checkpoints.opening import read_config_only
 from opt_deus_jax.distributed.compiled_report import (
     analyse,
@@ -27,8 +28,7 @@ from opt_deus_jax.distributed.topology import parse_topology, topology_devices
 from opt_deus_jax.reporting.tables import show
 from opt_deus_jax.training.ahead import lower_train_step
 from opt_deus_jax.training.segments import select_trained
-from opt_deus_jax.upscaling.layout import plan_layout
-from opt_deus_jax.upscaling.methods import resolve_method
+from opt_deus_jax.upscaling.methods import plan_layers, resolve_method
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5p:4x4x4.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "File that gets the figures as JSON.")
@@ -44,7 +44,9 @@ def main() -> None:
     devices = topology_devices(topology)
     _, model = read_config_only(experiment.base)
     method, upscale = resolve_method(experiment.upscale), experiment.upscale
-    layers = plan_layout(method.layout, model.num_layers, upscale.num_new_layers, upscale.gaps)
+    is_grown = upscale.method == "base" and (Path(experiment.base) / FILE_NAME).exists()
+    manifest = read_manifest(Path(experiment.base)) if is_grown else None
+    layers = plan_layers(upscale, model.num_layers, manifest)
     trained = select_trained(model, [layer.is_new for layer in layers], method.trained)
     start = time.perf_counter()
     step = lower_train_step(experiment, model, trained, devices)

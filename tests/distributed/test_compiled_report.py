@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from configs.llama3 import get_config
+from opt_deus_jax.checkpoints.opening import read_config_only
 from opt_deus_jax.distributed.compiled_report import (
     argument_bytes,
     chip_memory,
@@ -21,7 +23,11 @@ from opt_deus_jax.distributed.hlo_costs import Collective, HloCosts, count_hlo
 from opt_deus_jax.distributed.hlo_text import parse_hlo
 from opt_deus_jax.distributed.topology import CHIPS, parse_topology, topology_devices
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.accounting import count_costs
 from opt_deus_jax.models.attention import causal_attention
+from opt_deus_jax.training.ahead import lower_train_step
+from opt_deus_jax.training.segments import select_trained
+from opt_deus_jax.upscaling.methods import plan_layers
 from tests.training.tiny import tiny_hf_config
 
 _ROOT = Path(__file__).parents[2]
@@ -176,6 +182,27 @@ def test_a_program_that_xla_cannot_fit_is_refused_with_the_bytes_missing() -> No
     assert missing is not None
     # Arguments of 20 GiB and at least as much again for the result.
     assert int(missing[1].replace(",", "")) >= (20 + 20 - 15.75) * _GIB
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [("1b_shape_v5e", "v5e:4x4"), ("8b_shape_v5p", "v5p:2x4x4"), ("8b_shape_v6e", "v6e:8x8")],
+)
+def test_the_recommended_settings_suit_their_slice(variant: str, name: str) -> None:
+    pytest.importorskip("libtpu")
+    topology = parse_topology(name)
+    experiment = get_config(variant)
+    _, model = read_config_only(experiment.base)
+    is_new = [layer.is_new for layer in plan_layers(experiment.upscale, model.num_layers, None)]
+    trained = select_trained(model, is_new, "new")
+    step = lower_train_step(experiment, model, trained, topology_devices(topology))
+    assert step.tokens == 64 * 2048
+    # bfloat16 where frozen, float32 with both moments where trained; every axis is cut by width.
+    costs = count_costs(model, trained.outer, trained.blocks, sequence_length=2048, frozen_bytes=2)
+    gradients = 4 * costs.trained_parameters
+    cut = experiment.mesh.fsdp if experiment.mesh.fsdp > 0 else topology.num_chips
+    held = (costs.training_bytes - gradients) / cut
+    assert argument_bytes(step.arguments) == pytest.approx(held, rel=0.01)
 
 
 def _launch(tmp_path: Path, *arguments: str, **changes: Any) -> subprocess.CompletedProcess[str]:
