@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -43,7 +44,7 @@ def mesh_shape(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
-def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
     """Arranges devices so that neighbours on the network are neighbours on the mesh.
 
     Args:

@@ -84,7 +84,7 @@ def train(
     held_out_records: Records,
     workdir: Path,
     fingerprints: Mapping[str, str],
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
     profiled_steps: range = range(0),
 ) -> TrainingResult:
     """Trains, from the latest checkpoint of the work directory where there is one.
@@ -101,7 +101,7 @@ def train(
         held_out_records: Held-out records.
         workdir: Gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
         fingerprints: Names and hashes of the model and the records; others' are refused.
-        devices: What to train on, of all processes.
+        devices: What to train on: all of `jax.devices()`, or some where there is one process.
         profiled_steps: Steps of which a trace goes to `profile/`.
 
     Returns:
