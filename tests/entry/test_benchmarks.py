@@ -1,0 +1,72 @@
+"""The benchmarks of training run for real, on a tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.reporting.comparison import compare
+from opt_deus_jax.reporting.turns import Taken, take_turns
+from tests.entry.launching import succeed
+
+_CONFIG = "--config=tests/entry/tiny_config.py"
+
+
+def test_both_trainers_do_the_same_work(base: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    words = ["the", "grown", "model", "computes", "what", "its", "base", "computes"]
+    draw = np.random.default_rng(0)
+    rows = (json.dumps({"text": " ".join(draw.choice(words, 60))}) for _ in range(40))
+    text.write_text("\n".join(rows) + "\n")
+    succeed(
+        "benchmark_train",
+        *(_CONFIG, f"--config.base={base}", f"--config.data.train={text}"),
+        *("--config.optimizer.learning_rate=0.01", "--config.optimizer.weight_decay=0.1"),
+        *(f"--workdir={tmp_path / 'run'}", "--shapes=2x16", "--timed_steps=4", "--threads=1"),
+    )
+    result = json.loads((tmp_path / "run" / "benchmark_train.json").read_text())
+    assert result["cores"] == 1
+    ours, theirs = result["2x16"]["programs"]
+    assert (ours["program"], theirs["program"]) == ("opt_deus_jax", "torch")
+    # Five losses, each after one more update of AdamW than the last, whose size is the rate.
+    assert theirs["loss_error"] < 1e-5
+    losses = result["2x16"]["steps"]["opt_deus_jax"]["losses"]
+    assert len(losses) == 5
+    assert abs(losses[4] - losses[0]) > 1e-2
+    assert ours["peak_gib"] > 0.05
+    assert theirs["memory_ratio"] == pytest.approx(ours["peak_gib"] / theirs["peak_gib"])
+
+
+def test_layouts_are_timed_and_counted(base: Path, tmp_path: Path) -> None:
+    shown = succeed(
+        "benchmark_layouts",
+        *(_CONFIG, f"--config.base={base}", f"--workdir={tmp_path}", "--timed_steps=2"),
+    )
+    assert "middle" in shown
+    result = json.loads((tmp_path / "benchmark_layouts.json").read_text())
+    rows = {row["layout"]: row for row in result["layouts"]}
+    flops = [rows[layout]["gflops_a_token"] for layout in ("top", "middle", "bottom", "stack")]
+    assert flops == sorted(flops)
+    assert flops[0] < flops[3]
+    assert rows["top"]["error"] == 0
+    for layout, row in rows.items():
+        assert len(result["seconds"][layout]) == 2
+        assert row["step_s"] == pytest.approx(np.median(result["seconds"][layout]))
+
+
+def test_ratios_are_of_the_first_over_each_and_leave_the_warm_up_out() -> None:
+    ours = Taken([9.0, 1.0, 2.0, 1.0], [1.0] * 4, [4.0, 3.0, 2.0, 1.0], 2**30)
+    theirs = Taken([1.0, 2.0, 2.0, 8.0], [1.0] * 4, [4.0, 3.0, 2.2, 1.0], 2**31)
+    first, second = compare({"ours": ours, "theirs": theirs}, 10)
+    assert (first["speed_ratio"], first["memory_ratio"], first["loss_error"]) == (1, 1, 0)
+    assert (second["speed_ratio"], second["memory_ratio"]) == (2, 0.5)
+    assert second["loss_error"] == pytest.approx(0.1)
+    assert (first["tokens_per_second"], second["tokens_per_second"]) == (10, 5)
+
+
+def test_a_program_that_ends_early_is_named() -> None:
+    with pytest.raises(UserError, match="the training by broken ended early"):
+        take_turns({"broken": [sys.executable, "-c", "pass"]}, [np.zeros((1, 2), np.int32)])
