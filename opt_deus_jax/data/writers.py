@@ -63,11 +63,11 @@ class SplitWriter:
         os.fsync(self._file.fileno())
         return file_sha256(self._temporary)
 
-    def _too_little(self, split: str, found: str) -> UserError:
+    def _too_little(self, split: str, found: str, change: str) -> UserError:
         more = " (or raise data.held_out_fraction)" if split == "held_out" else ""
         return UserError(
             f"config field data.{split}: {self._documents} documents with {found}; give more"
-            f" text{more}, or lower data.sequence_length"
+            f" text{more}, or {change} data.sequence_length"
         )
 
 
@@ -103,7 +103,7 @@ class TextWriter(SplitWriter):
         records = max(0, self._tokens - 1) // self._length
         if not records:
             raise self._too_little(
-                split, f"{self._tokens} tokens, one record needs {self._length + 1}"
+                split, f"{self._tokens} tokens, one record needs {self._length + 1}", "lower"
             )
         tokens = records * self._length
         self._file.truncate((tokens + 1) * self._dtype.itemsize)
@@ -160,6 +160,7 @@ class InstructionWriter(SplitWriter):
             raise self._too_little(
                 split,
                 f"an answer within data.sequence_length={self._length}, {self._dropped} without",
+                "raise",
             )
         return SplitInfo(
             documents=self._documents,

@@ -5,6 +5,7 @@ A param pytree is `{"embedding": [v, d], "final_norm": [d], "head": [v, d] (wher
 dict of block parameters per place in the pattern, each leaf stacked to [r, ...].
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -101,8 +102,14 @@ def apply_block(
     return module.apply({"params": block}, x_BTD, inputs, cache)  # pyright: ignore
 
 
+def _all_but_casts(primitive: Any, *_: Any, **__: Any) -> bool:
+    # A parameter that was cast or gathered would be stored a second time, for every block.
+    return primitive.name not in ("convert_element_type", "custom_vjp_call", "sharding_constraint")
+
+
 # What the backward pass finds stored; the rest it computes again.
 _REMAT_POLICIES = {
+    "none": _all_but_casts,
     "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
 }
@@ -128,8 +135,8 @@ def hidden_states(
         config: The network; its depth is that of the segments.
         dtype: Type of the activations and of the kernels as multiplied.
         attention: An implementation of `causal_attention`.
-        remat: `none`; `matmuls` stores only the products with kernels for the backward pass;
-            `block` stores nothing within a pattern.
+        remat: For the backward pass `none` stores every activation, `matmuls` only the products
+            with kernels, `block` nothing within a block.
 
     Returns:
         What the head is applied to.
@@ -140,17 +147,19 @@ def hidden_states(
         positions_BT = positions_within(example_BT)
     inputs = causal_inputs(config, positions_BT, example_BT)
 
+    # A block at a time: a pattern as a whole would also repeat the products between its blocks.
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_REMAT_POLICIES[remat])
+    def apply(x: Array, block: BlockParams) -> Array:
+        return apply_block(config, block, x, inputs, attention=attention)[0]
+
     def apply_pattern(x: Array, pattern: list[BlockParams]) -> tuple[Array, None]:
         for block in pattern:
-            x, _ = apply_block(config, block, x, inputs, attention=attention)
+            x = apply(x, block)
         return x, None
 
-    body = apply_pattern
-    if remat != "none":
-        body = jax.checkpoint(apply_pattern, prevent_cse=False, policy=_REMAT_POLICIES[remat])
     x_BTD = _embed(params, tokens_BT, dtype)
     for segment in params["segments"]:
-        x_BTD, _ = jax.lax.scan(body, x_BTD, segment)
+        x_BTD, _ = jax.lax.scan(apply_pattern, x_BTD, segment)
     return root_mean_square_norm(x_BTD, params["final_norm"], config.norm_epsilon)
 
 

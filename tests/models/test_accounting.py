@@ -231,7 +231,8 @@ def test_flops_of_the_outer_parameters_are_those_needed(outer: str):
 @pytest.mark.parametrize(
     ("trained", "layout", "remat"),
     [
-        *(("new", layout, "matmuls") for layout in ("top", "middle")),
+        *(("new", "top", remat) for remat in ("matmuls", "block")),
+        *(("new", "middle", remat) for remat in ("matmuls", "block")),
         *(("all", "stack", remat) for remat in ("matmuls", "block")),
         *(("norm", "top", remat) for remat in ("matmuls", "block")),
     ],

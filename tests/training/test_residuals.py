@@ -6,6 +6,7 @@ import pytest
 
 from opt_deus_jax.config import TrainingConfig
 from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.models.params import block_specs
 from opt_deus_jax.training.segments import plan_segments, select_trained
 from opt_deus_jax.upscaling.layout import plan_layout
 from tests.jaxprs import scans
@@ -50,3 +51,14 @@ def test_only_what_lies_above_a_trained_parameter_stores_residuals(
     assert [len(stacked_outputs(scan)) > 0 for scan in found] == (
         [False] * frozen + [True] * with_backward
     )
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat", ["none", "matmuls", "block"])
+def test_no_kernel_is_stored_a_second_time(remat: str, compute_dtype: str):
+    names = select_trained(CONFIG, [False, False, True, False, True, False], "new")
+    training = TrainingConfig(remat=remat, compute_dtype=compute_dtype)
+    kernels = {spec.shape for spec in block_specs(CONFIG).values() if len(spec.shape) == 2}
+    for scan in scans(gradient_jaxpr(CONFIG, names, training, 2, 8)):
+        if not scan.params["reverse"]:
+            assert not kernels & {shape[1:] for shape in stacked_outputs(scan)}
