@@ -1,5 +1,6 @@
 """The training step of an experiment, lowered for devices without weights or data."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,27 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from opt_deus_jax.config import Experiment
-from opt_deus_jax.distributed.mesh import make_mesh
-from opt_deus_jax.models.accounting import count_costs
-from opt_deus_jax.models.attention import check_attention
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from opt_deus_jax.training.placement import (
-    Placement,
-    abstract_params,
-    check_fits,
-    param_shardings,
-    place,
-)
-from opt_deus_jax.training.segments import (
-    TrainedNames,
-    invert_mask,
-    partition,
-    plan_segments,
-    trained_mask,
-)
-from opt_deus_jax.training.settings import check_training, resolve_steps
-from opt_deus_jax.training.step import TrainState, make_train_step
+from opt_deus_jax.training.placement import Placement, abstract_params
+from opt_deus_jax.training.program import make_program, program_costs
+from opt_deus_jax.training.segments import TrainedNames, invert_mask, partition
+from opt_deus_jax.training.settings import resolve_steps
+from opt_deus_jax.training.step import TrainState
 
 
 class LoweredStep(NamedTuple):
@@ -89,43 +75,25 @@ def lower_train_step(
         UserError: A setting is out of range, or mesh, batch and network do not fit each other.
     """
     training = resolve_steps(experiment.training, experiment.training.batch_size)
-    check_training(training)
-    check_attention(
-        training.attention,
-        platform=devices[0].platform,
-        compute_dtype=training.compute_dtype,
-        packed=experiment.data.format != "text" and experiment.data.packing,
-        head_dim=config.head_dim,
-    )
-    mesh = make_mesh(experiment.mesh, devices)
-    check_fits(config, training, mesh)
-    segments = plan_segments(trained.blocks)
-    mask = trained_mask(config, segments, trained.outer)
-    schedule = learning_rate_schedule(experiment.optimizer, training.steps)
-    optimizer = make_optimizer(experiment.optimizer, schedule)
-    placement = place(config, segments, mask, optimizer, mesh)
+    experiment = dataclasses.replace(experiment, training=training)
+    program = make_program(experiment, config, trained, devices)
+    optimizer, placement = program.optimizer, program.placement
 
-    def abstract(dtype: Any) -> Any:
-        shardings = param_shardings(config, segments, mesh)
-        return abstract_params(config, segments, np.dtype(dtype), shardings)
+    def abstract(dtype: Any, mask: Any) -> Any:
+        shardings = program.shardings
+        return partition(abstract_params(config, program.segments, dtype, shardings), mask)[0]
 
-    trainable, _ = partition(abstract(np.float32), mask)
-    frozen, _ = partition(abstract(jnp.dtype(training.frozen_dtype)), invert_mask(mask))
+    trainable = abstract(np.dtype(np.float32), program.mask)
+    frozen = abstract(jnp.dtype(training.frozen_dtype), invert_mask(program.mask))
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.scalar),  # pyright: ignore
         trainable,
         _with_shardings(jax.eval_shape(optimizer.init, trainable), placement.optimizer_state),
     )
     arguments = (state, frozen, _abstract_batch(experiment, placement))
-    with jax.set_mesh(mesh):
-        step: Any = make_train_step(config, training, optimizer, schedule, placement)
+    with jax.set_mesh(program.mesh):
+        step: Any = program.train_step
         lowered = step.lower(*arguments)
     tokens = training.batch_size * experiment.data.sequence_length
-    costs = count_costs(
-        config,
-        trained.outer,
-        trained.blocks,
-        sequence_length=experiment.data.sequence_length,
-        frozen_bytes=jnp.dtype(training.frozen_dtype).itemsize,
-    )
+    costs = program_costs(program, experiment.data.sequence_length)
     return LoweredStep(lowered, arguments, tokens, tokens * costs.model_flops)

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from opt_deus_jax.checkpoints import orbax
@@ -18,42 +16,27 @@ from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.config import Experiment, TrainingConfig
 from opt_deus_jax.data.loader import held_out_batches, training_dataset
 from opt_deus_jax.data.records import Records
-from opt_deus_jax.distributed.mesh import make_mesh
-from opt_deus_jax.models.accounting import count_costs
-from opt_deus_jax.models.attention import check_attention
 from opt_deus_jax.models.language_model import Params
-from opt_deus_jax.models.model_config import ModelConfig, read_model_config
+from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.training.metrics import StepMonitor, WriteMetrics, open_metrics, profiler
-from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from opt_deus_jax.training.placement import (
-    Placement,
-    check_fits,
     local_rows,
-    param_shardings,
-    place,
     put_rows,
 )
 from opt_deus_jax.training.preemption import Preempted, preemption_notice
+from opt_deus_jax.training.program import Program, make_program, program_costs
 from opt_deus_jax.training.segments import (
-    Segment,
     TrainedNames,
     invert_mask,
-    plan_segments,
-    trained_mask,
 )
 from opt_deus_jax.training.settings import (
-    check_training,
     refuse_other_settings,
     resolve_steps,
     settings_of,
 )
 from opt_deus_jax.training.step import (
-    Evaluate,
     TrainState,
-    TrainStep,
     initial_state,
-    make_evaluation_loss,
-    make_train_step,
 )
 from opt_deus_jax.training.weights import load_params
 
@@ -113,32 +96,19 @@ def train(
         Preempted: SIGTERM came; a checkpoint of the last step has been written.
     """
     training = resolve_steps(experiment.training, len(train_records))
-    check_training(training)
     experiment = dataclasses.replace(experiment, training=training)
-    mesh = make_mesh(experiment.mesh, devices)
-    with jax.set_mesh(mesh):
-        program = _program(experiment, source, trained, mesh)
+    config = read_model_config(source.hf_config, source.name)
+    program = make_program(experiment, config, trained, devices)
+    with jax.set_mesh(program.mesh):
         settings = settings_of(experiment, program.config, trained)
         settings |= {f"fingerprint of the {name}": value for name, value in fingerprints.items()}
         records = (train_records, held_out_records)
         return _train(experiment, source, program, records, workdir, settings, profiled_steps)
 
 
-class _Program(NamedTuple):
-    config: ModelConfig
-    trained: TrainedNames
-    segments: tuple[Segment, ...]
-    mask: Any
-    shardings: Params
-    optimizer: optax.GradientTransformation
-    placement: Placement
-    train_step: TrainStep
-    evaluate: Evaluate
-
-
 class _Run(NamedTuple):
     training: TrainingConfig
-    program: _Program
+    program: Program
     checkpointer: orbax.Checkpointer
     batches: Any
     rows: tuple[int, ...]
@@ -147,41 +117,10 @@ class _Run(NamedTuple):
     settings: dict[str, Any]
 
 
-def _program(
-    experiment: Experiment, source: CheckpointSource, trained: TrainedNames, mesh: Mesh
-) -> _Program:
-    training = experiment.training
-    config = read_model_config(source.hf_config, source.name)
-    check_fits(config, training, mesh)
-    check_attention(
-        training.attention,
-        platform=mesh.devices.flat[0].platform,
-        compute_dtype=training.compute_dtype,
-        packed=experiment.data.format != "text" and experiment.data.packing,
-        head_dim=config.head_dim,
-    )
-    segments = plan_segments(trained.blocks)
-    mask = trained_mask(config, segments, trained.outer)
-    schedule = learning_rate_schedule(experiment.optimizer, training.steps)
-    optimizer = make_optimizer(experiment.optimizer, schedule)
-    placement = place(config, segments, mask, optimizer, mesh)
-    return _Program(
-        config,
-        trained,
-        segments,
-        mask,
-        param_shardings(config, segments, mesh),
-        optimizer,
-        placement,
-        make_train_step(config, training, optimizer, schedule, placement),
-        make_evaluation_loss(config, training, placement),
-    )
-
-
 def _train(
     experiment: Experiment,
     source: CheckpointSource,
-    program: _Program,
+    program: Program,
     records: tuple[Records, Records],
     workdir: Path,
     settings: dict[str, Any],
@@ -270,20 +209,14 @@ def _monitor(run: _Run, write: WriteMetrics, bar: tqdm) -> StepMonitor:
     training, program = run.training, run.program
     sequence_length = run.held_out_records.sequence_length
     tokens_per_step = training.batch_size * sequence_length
-    costs = count_costs(
-        program.config,
-        program.trained.outer,
-        program.trained.blocks,
-        sequence_length=sequence_length,
-        frozen_bytes=jnp.dtype(training.frozen_dtype).itemsize,
-    )
+    costs = program_costs(program, sequence_length)
     return StepMonitor(
         write,
         bar,
         tokens_per_step=tokens_per_step,
         model_flops_per_step=tokens_per_step * costs.model_flops,
         trained_depths=[depth for depth, names in enumerate(program.trained.blocks) if names],
-        devices=jax.devices(),
+        devices=list(program.mesh.devices.flat),
         log_every=training.log_every,
         latest_checkpoint=lambda: orbax.latest_step(run.checkpointer),
         is_writer=jax.process_index() == 0,

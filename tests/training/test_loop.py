@@ -17,7 +17,7 @@ from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.config import DataConfig, Experiment, OptimizerConfig, TrainingConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
-from opt_deus_jax.training import loop
+from opt_deus_jax.training import loop, program
 from opt_deus_jax.training.export import trained_tensors
 from opt_deus_jax.training.metrics import read_metrics
 from opt_deus_jax.training.segments import plan_segments, select_trained
@@ -198,13 +198,13 @@ def test_a_resumed_run_compiles_its_step_once(
     monkeypatch: pytest.MonkeyPatch,
 ):
     made = []
-    make = loop.make_train_step
+    make = program.make_train_step
 
     def remember(*arguments: Any) -> Any:
         made.append(make(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(loop, "make_train_step", remember)
+    monkeypatch.setattr(program, "make_train_step", remember)
     run(tmp_path, experiment(steps=3, checkpoint_every=2))
     assert made[-1]._cache_size() == 1
     for file in sorted((tmp_path / "checkpoints" / "3").rglob("*"), reverse=True):
