@@ -1,5 +1,6 @@
 """One optimizer step as a plain function, to be timed."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,18 +12,12 @@ from jaxtyping import Int
 
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.config import Experiment
-from opt_deus_jax.distributed.mesh import make_mesh
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import named_tensors
-from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from opt_deus_jax.training.placement import param_shardings, place, put_rows
-from opt_deus_jax.training.segments import (
-    TrainedNames,
-    invert_mask,
-    plan_segments,
-    trained_mask,
-)
-from opt_deus_jax.training.step import initial_state, make_train_step
+from opt_deus_jax.training.placement import put_rows
+from opt_deus_jax.training.program import make_program
+from opt_deus_jax.training.segments import TrainedNames, invert_mask
+from opt_deus_jax.training.step import initial_state
 from opt_deus_jax.training.weights import load_params
 
 Step = Callable[[Int[np.ndarray, "b l"]], float]
@@ -32,7 +27,7 @@ def prepare_step(experiment: Experiment, source: CheckpointSource, trained: Trai
     """Loads a model and makes the step that `train` makes, on one device.
 
     Args:
-        experiment: Its optimizer and training are used.
+        experiment: Its data, optimizer, mesh and training are used.
         source: The model.
         trained: Its parameters that are trained.
 
@@ -41,37 +36,23 @@ def prepare_step(experiment: Experiment, source: CheckpointSource, trained: Trai
         returns when the update is done. The first call with a shape compiles.
     """
     config = read_model_config(source.hf_config, source.name)
-    segments = plan_segments(trained.blocks)
-    mask = trained_mask(config, segments, trained.outer)
-    training = experiment.training
-    schedule = learning_rate_schedule(experiment.optimizer, training.steps)
-    optimizer = make_optimizer(experiment.optimizer, schedule)
-    mesh = make_mesh(experiment.mesh, jax.devices()[:1])
-    shardings = param_shardings(config, segments, mesh)
-    placement = place(config, segments, mask, optimizer, mesh)
-    with jax.set_mesh(mesh):
-        trainable = load_params(
-            *(source, config, segments),
-            dtype=jnp.dtype("float32"),
-            shardings=shardings,
-            wanted=mask,
-        )
-        state = initial_state(trainable, optimizer, placement)
-        frozen = load_params(
-            *(source, config, segments),
-            dtype=jnp.dtype(training.frozen_dtype),
-            shardings=shardings,
-            wanted=invert_mask(mask),
-        )
-        train_step = make_train_step(config, training, optimizer, schedule, placement)
+    program = make_program(experiment, config, trained, jax.devices()[:1])
+    load = functools.partial(
+        load_params, source, config, program.segments, shardings=program.shardings
+    )
+    trainable = load(dtype=jnp.dtype("float32"), wanted=program.mask)
+    state = initial_state(trainable, program.optimizer, program.placement)
+    frozen = load(
+        dtype=jnp.dtype(experiment.training.frozen_dtype), wanted=invert_mask(program.mask)
+    )
     del trainable
 
     def step(tokens_BL: Int[np.ndarray, "b l"]) -> float:
         nonlocal state
         rows = len(tokens_BL)
-        with jax.set_mesh(mesh):
-            batch = put_rows({"tokens": tokens_BL}, range(rows), rows, placement.rows)
-            state, metrics = train_step(state, frozen, batch)
+        with jax.set_mesh(program.mesh):
+            batch = put_rows({"tokens": tokens_BL}, range(rows), rows, program.placement.rows)
+            state, metrics = program.train_step(state, frozen, batch)
             jax.block_until_ready(state)
         return float(metrics["loss"])
 
