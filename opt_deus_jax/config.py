@@ -65,9 +65,9 @@ class DataConfig:
     """Text and how it becomes records.
 
     Attributes:
-        train: Files or folders of text (txt, jsonl, jsonl.gz, jsonl.zst, jsonl.xz, parquet), or
-            `docstrings:` for the docstrings of the installed packages; several are separated by
-            commas.
+        train: Files or folders of text (txt, jsonl, jsonl.gz, jsonl.zst, jsonl.xz, parquet; for
+            instructions json too), or `docstrings:` for the docstrings of the installed packages;
+            several are separated by commas.
         held_out: The same for held-out text; empty splits the documents of `train`.
         held_out_fraction: Share of the documents (by hash) held out where `held_out` is empty.
         format: `text`, or instructions: `alpaca` (rows of instruction, input, output) or `messages`
@@ -77,7 +77,7 @@ class DataConfig:
             `alpaca` through the prompt of Stanford Alpaca.
         packing: For instructions: whether a sequence holds several of them, each attended to alone.
         sequence_length: Tokens a training sequence; a record holds one more for the shift.
-        max_train_tokens: Stop after this many training tokens; 0 takes all.
+        max_train_tokens: Stop after this many training tokens, padding left out; 0 takes all.
         max_held_out_tokens: The same for held-out text.
         num_workers: Processes that tokenise; 0 means one a core.
         seed: Seed of the order in which records are seen.
