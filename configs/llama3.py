@@ -14,13 +14,14 @@ huggingface_hub), or from --config.base=FOLDER.
     python -m experiments.plan --config=configs/llama3.py:8b_shape
     python -m experiments.compile_ahead --config=configs/llama3.py:8b_shape_v5p --topology=v5p:2x4x4
 
-What `compile_ahead` states of a chip for 64 x 2048 tokens a step (libtpu 0.0.42): memory, and the
-least time that products, memory traffic and network allow a step.
+What `compile_ahead` states of a chip for 64 x 2048 tokens a step (libtpu 0.0.42; the whole of it in
+experiments/results/compile_ahead_*.json): memory, and the least time that products, memory traffic
+and network allow a step.
 
     variant   slice      memory used       products   memory   network
-    1b_v5e    v5e:4x4     9.14 of 16.9 GB  328 ms     148 ms    31 ms
-    8b_v5p    v5p:2x4x4  16.2 of 102.8 GB  428 ms     106 ms    70 ms
-    8b_v6e    v6e:8x8    18.4 of 33.6 GB   107 ms     110 ms    98 ms
+    1b_v5e    v5e:4x4    10.2 of 16.9 GB   321 ms     141 ms    31 ms
+    8b_v5p    v5p:2x4x4  17.3 of 102.8 GB  422 ms     103 ms    70 ms
+    8b_v6e    v6e:8x8    18.9 of 33.6 GB   106 ms     114 ms    98 ms
 
 On 8 x H100 or H200 nothing was run. From `opt_deus_jax.models.accounting`: parameters, gradients
 and moments take 9.0 GB a GPU with 8b_gpu and 1.3 GB with 1b_gpu; what `block` keeps of 8 sequences

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opt_deus_jax.errors import UserError
 
+# What the backward pass of a fused attention needs of its forward pass, as remat policies know it.
+ATTENDED = "attended"
 _SPLASH_LANES = 128
 _SPLASH_BLOCKS = (512, 256, 128)
 _BATCH_AXES = ("data", "fsdp")
@@ -228,6 +230,7 @@ def _local_splash(
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )
     arrays = (heads_first(query_BTNH * head_dim**-0.5), *map(heads_first, (key_BTKH, value_BTKH)))

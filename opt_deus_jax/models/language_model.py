@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_deus_jax.distributed.sharding import constrain, gather_width
-from opt_deus_jax.models.attention import matmul_precision
+from opt_deus_jax.models.attention import ATTENDED, matmul_precision
 from opt_deus_jax.models.block import (
     BlockInputs,
     DecoderBlock,
@@ -110,7 +110,10 @@ def _all_but_casts(primitive: Any, *_: Any, **__: Any) -> bool:
 # What the backward pass finds stored; the rest it computes again.
 _REMAT_POLICIES = {
     "none": _all_but_casts,
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
