@@ -8,6 +8,17 @@ from typing import Any
 from opt_deus_jax.errors import UserError
 
 AS_PUBLISHED = "published"
+# What the paper evaluates on, zero-shot, by lm_eval's names.
+PAPER_TASKS = (
+    "arc_easy",
+    "logiqa",
+    "winogrande",
+    "commonsense_qa",
+    "boolq",
+    "piqa",
+    "mmlu",
+    "wikitext",
+)
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "upscale.layout": (
@@ -28,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "training.frozen_dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "matmuls", "block"),
     "training.attention": ("reference", "cudnn", "splash"),
+    "evaluation.compute_dtype": ("float32", "bfloat16"),
 }
 
 
@@ -180,6 +192,29 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass
+class EvaluationConfig:
+    """What a model is asked, and how.
+
+    Attributes:
+        tasks: Tasks, groups or tags of lm_eval.
+        local_data: Folder with the questions of the paper's tasks as NAME_SPLIT.jsonl.gz, in the
+            fields of the data sets that lm_eval loads; empty takes them from the hub.
+        limit: Questions a task, the first ones; a group like mmlu spreads them over its tasks. 0
+            asks all.
+        num_fewshot: Solved examples before each question.
+        compute_dtype: Type of parameters and activations.
+        batch_tokens: Tokens a forward pass, over all devices.
+    """
+
+    tasks: tuple[str, ...] = PAPER_TASKS
+    local_data: str = ""
+    limit: int = 0
+    num_fewshot: int = 0
+    compute_dtype: str = "float32"
+    batch_tokens: int = 2048
+
+
+@dataclasses.dataclass
 class Experiment:
     """Everything that one experiment needs; launchers share it through the work directory.
 
@@ -192,6 +227,7 @@ class Experiment:
         optimizer: AdamW and its schedule.
         mesh: How the devices are arranged.
         training: The training loop.
+        evaluation: What models are asked.
     """
 
     base: str = ""
@@ -201,6 +237,7 @@ class Experiment:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
 def _is_instance(value: Any, annotation: Any) -> bool:

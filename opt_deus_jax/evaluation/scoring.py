@@ -1,0 +1,273 @@
+"""How likely a model finds continuations."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from opt_deus_jax.distributed.sharding import constrain, named_sharding, num_shards
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.evaluation.packing import (
+    Row,
+    Scored,
+    batches,
+    lay_out,
+    pad_rows,
+    plan_rows,
+)
+from opt_deus_jax.models.block import BlockInputs, KeyValueCache, root_mean_square_norm
+from opt_deus_jax.models.language_model import (
+    BlockParams,
+    Params,
+    apply_block,
+    causal_inputs,
+    head_kernel,
+    project_to_vocabulary,
+)
+from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.training.placement import put_rows
+
+# Queries whose attention scores are in memory at once, for each row.
+_QUERIES = 512
+# Predictions whose logits are in memory at once: most, and for the rest of a batch.
+_MANY, _FEW = 512, 64
+# Targets of one prediction; the choices of a question share the prediction of their first token.
+_TARGETS = 8
+
+
+class Scores(NamedTuple):
+    """What `score_continuations` finds.
+
+    Attributes:
+        log_likelihoods: float64 [n], nats, summed over the tokens of each continuation.
+        is_greedy: bool [n], whether each token is the most likely one.
+        truncated: How many were cut from the left to fit the model's context.
+    """
+
+    log_likelihoods: np.ndarray
+    is_greedy: np.ndarray
+    truncated: int
+
+
+def score_continuations(
+    params: Params,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: str = "float32",
+    batch_tokens: int = 2048,
+    on_scored: Callable[[int], Any] = lambda _: None,
+) -> Scores:
+    """Log-likelihoods of continuations; what contexts have in common is computed once.
+
+    Args:
+        params: A param pytree on the mesh.
+        pairs: Token ids of context and continuation, neither empty. What exceeds the model's
+            context is cut from the left.
+        config: The network.
+        mesh: The mesh.
+        dtype: Type of the activations and of the kernels as multiplied.
+        batch_tokens: Tokens a forward pass, over all devices.
+        on_scored: Is told how many further continuations are done.
+
+    Returns:
+        The scores, in the order of `pairs`.
+
+    Raises:
+        UserError: A continuation alone is longer than the model's context.
+        ValueError: A context or continuation is empty.
+    """
+    sequences = [fit(context, answer, config.max_positions) for context, answer in pairs]
+    sums, is_greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
+    plans = plan_rows([sequence.tokens for sequence in sequences])
+    with jax.set_mesh(mesh):
+        for batch in batches(plans, batch_tokens, num_shards("batch", mesh)):
+            rows = [lay_out(plan.members, sequences) for plan in batch]
+            hidden_BTD = _run_rows(params, rows, batch[0].length, config, dtype, mesh)
+            for numbers, log_probabilities, hits in _score_rows(params, rows, hidden_BTD, mesh):
+                np.add.at(sums, numbers, log_probabilities)
+                np.logical_and.at(is_greedy, numbers, hits)
+            on_scored(sum(len(plan.members) for plan in batch))
+    truncated = sum(len(a) + len(b) > config.max_positions + 1 for a, b in pairs)
+    return Scores(sums, is_greedy, truncated)
+
+
+def fit(context: Sequence[int], continuation: Sequence[int], max_positions: int) -> Scored:
+    """What the network reads and predicts, cut from the left as lm_eval's `hf` backend does.
+
+    Args:
+        context: Token ids.
+        continuation: Token ids.
+        max_positions: The model's context.
+
+    Returns:
+        At most `max_positions` tokens; the last token of the continuation is only predicted.
+
+    Raises:
+        UserError: The continuation alone is longer than the model's context.
+        ValueError: The context or the continuation is empty.
+    """
+    if not context or not continuation:
+        raise ValueError("context and continuation need at least one token each")
+    if len(continuation) > max_positions:
+        raise UserError(
+            f"a continuation of {len(continuation)} tokens is longer than the model's context of "
+            f"{max_positions}; leave the question out or take a model with a longer context"
+        )
+    tokens = (*context, *continuation)[-(max_positions + 1) :]
+    return Scored(tokens[:-1], tuple(continuation))
+
+
+def _run_rows(
+    params: Params, rows: Sequence[Row], length: int, config: ModelConfig, dtype: str, mesh: Mesh
+) -> Array:
+    arrays = pad_rows(rows, length)
+    placed = put_rows(arrays, range(len(rows)), len(rows), named_sharding(mesh, "batch"))
+    return packed_hidden_states(
+        params,
+        placed["tokens"],
+        placed["positions"],
+        placed["ends"],
+        config=config,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def packed_hidden_states(
+    params: Params,
+    tokens_BT: Int[Array, "b t"],
+    positions_BT: Int[Array, "b t"],
+    ends_BT: Int[Array, "b t"],
+    *,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+) -> Float[Array, "b t d"]:
+    """Runs embedding, segments and final norm over rows that are trees.
+
+    Args:
+        params: A param pytree.
+        tokens_BT: Token ids.
+        positions_BT: Position of each token in its sequence.
+        ends_BT: Place after the last token that sees this one.
+        config: The network; its depth is that of the segments.
+        dtype: Type of the activations and of the kernels as multiplied.
+
+    Returns:
+        What the head is applied to.
+    """
+    tokens_BT = constrain(tokens_BT, "lookup_batch", "length")
+    x_BTD = params["embedding"][tokens_BT].astype(dtype)
+    x_BTD = constrain(x_BTD, "lookup_batch", "length", "width")
+    x_BTD = constrain(x_BTD, "batch", "length", "gathered_width")
+    inputs = _inputs_by_chunk(config, positions_BT, ends_BT)
+
+    def apply_pattern(x: Array, pattern: list[BlockParams]) -> tuple[Array, None]:
+        for block in pattern:
+            x = _apply_by_chunk(config, block, x, inputs)
+        return x, None
+
+    for segment in params["segments"]:
+        x_BTD, _ = jax.lax.scan(apply_pattern, x_BTD, segment)
+    return root_mean_square_norm(x_BTD, params["final_norm"], config.norm_epsilon)
+
+
+def _inputs_by_chunk(
+    config: ModelConfig, positions_BT: Array, ends_BT: Array
+) -> list[tuple[slice, BlockInputs]]:
+    length = positions_BT.shape[1]
+    whole = causal_inputs(config, positions_BT)
+    chunks = []
+    for start in range(0, length, _QUERIES):
+        part = slice(start, min(start + _QUERIES, length))
+        query_1Q1 = jnp.arange(part.start, part.stop)[None, :, None]
+        key_11S = jnp.arange(part.stop)[None, None]
+        allowed_BQS = (key_11S <= query_1Q1) & (query_1Q1 < ends_BT[:, None, : part.stop])
+        inputs = BlockInputs(
+            whole.cos_BTF[:, part],
+            whole.sin_BTF[:, part],
+            allowed_BTS=allowed_BQS,
+            cache_start=jnp.asarray(start, jnp.int32),
+        )
+        chunks.append((part, inputs))
+    return chunks
+
+
+def _apply_by_chunk(
+    config: ModelConfig, block: BlockParams, x_BTD: Array, chunks: list[tuple[slice, BlockInputs]]
+) -> Array:
+    """Applies a block to some queries after others, which see only what comes before them."""
+    batch = x_BTD.shape[0]
+    empty = jnp.zeros((batch, 0, config.num_kv_heads, config.head_dim), x_BTD.dtype)
+    cache, done = KeyValueCache(empty, empty), []
+    for part, inputs in chunks:
+        room = ((0, 0), (0, part.stop - part.start), (0, 0), (0, 0))
+        cache = KeyValueCache(*(jnp.pad(seen, room) for seen in cache))
+        x_BQD, cache = apply_block(config, block, x_BTD[:, part], inputs, cache)
+        done.append(x_BQD)
+    return jnp.concatenate(done, axis=1)
+
+
+def _score_rows(
+    params: Params, rows: Sequence[Row], hidden_BTD: Array, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (sequence, log-probability, whether it is the most likely) of predicted tokens."""
+    length = hidden_BTD.shape[1]
+    entries = _by_place(rows, length)
+    head = {name: params[name] for name in ("embedding", "head") if name in params}
+    waiting = []
+    while entries:
+        size = _MANY if len(entries) >= _MANY else _FEW
+        size += -size % num_shards("batch", mesh)
+        part, entries = entries[:size], entries[size:]
+        places_C = np.zeros(size, np.int32)
+        targets_CM = np.zeros((size, _TARGETS), np.int32)
+        where, numbers = [], []
+        for entry, (place, wanted) in enumerate(part):
+            places_C[entry] = place
+            for column, (target, number) in enumerate(wanted):
+                targets_CM[entry, column] = target
+                where.append((entry, column))
+                numbers.append(number)
+        waiting.append((numbers, where, _score_places(head, hidden_BTD, places_C, targets_CM)))
+    for numbers, where, (log_probabilities_CM, hits_CM) in waiting:
+        index = tuple(np.array(where).T)
+        yield np.array(numbers), np.asarray(log_probabilities_CM)[index], np.asarray(hits_CM)[index]
+
+
+def _by_place(rows: Sequence[Row], length: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """The targets of each predicting token, at most `_TARGETS` at a time."""
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for row_number, row in enumerate(rows):
+        for place, target, number in row.predictions:
+            wanted.setdefault(row_number * length + place, []).append((target, number))
+    return [
+        (place, targets[first : first + _TARGETS])
+        for place, targets in wanted.items()
+        for first in range(0, len(targets), _TARGETS)
+    ]
+
+
+@jax.jit
+def _score_places(
+    head: dict[str, Any],
+    hidden_BTD: Float[Array, "b t d"],
+    places_C: Int[Array, " c"],
+    targets_CM: Int[Array, "c m"],
+) -> tuple[Float[Array, "c m"], Bool[Array, "c m"]]:
+    hidden_CD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[places_C]
+    hidden_CD = constrain(hidden_CD, "batch", "gathered_width")
+    logits_CV = project_to_vocabulary(hidden_CD, head_kernel(head, hidden_BTD.dtype))
+    logits_CV = constrain(logits_CV, "batch", "vocabulary")
+    normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    best_C = jnp.argmax(logits_CV, axis=-1)
+    target_CM = jnp.take_along_axis(logits_CV, targets_CM, axis=-1)
+    # Every process reads all of the result.
+    whole = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec())
+    return whole(target_CM - normalizer_C[:, None]), whole(targets_CM == best_C[:, None])
