@@ -29,6 +29,7 @@ def get_config(variant: str = "") -> Experiment:
     """Returns the experiment of a variant."""
     experiment = Experiment(base=smollm2_base())
     experiment.upscale.num_new_layers = 15
+    experiment.training.remat = "matmuls"
     if variant == "demo":
         experiment.upscale.num_new_layers = 7
         experiment.data.sequence_length = 256

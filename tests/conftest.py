@@ -4,6 +4,8 @@ import os
 
 # transformers warns about a missing torchvision or accelerate only through logging.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests compile much and compute little.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 

@@ -13,8 +13,8 @@ class Costs:
 
     FLOPs are those of the matrix products, a token, where a multiply-add is two. Attention counts
     every pair of tokens of a sequence, the masked half included, as utilisation is usually stated
-    (PaLM, arXiv 2204.02311, appendix B) and as the `reference` attention computes it; `cudnn` and
-    `splash` skip nearly half of it.
+    (PaLM, arXiv 2204.02311, appendix B). Of long sequences `reference` leaves out up to three
+    eighths of the pairs, `cudnn` and `splash` nearly half.
 
     Attributes:
         parameters: All parameters.
@@ -97,9 +97,8 @@ def _block_recomputed(
     config: ModelConfig, names: frozenset[str], wanted: _Wanted, attention_product: int, remat: str
 ) -> int:
     if remat == "matmuls":
-        # The weights are needed for every gradient through attention, what they are applied to
-        # only for the gradient of the kernel that comes next.
-        return attention_product * (wanted.attended + ("output_kernel" in names))
+        # What the weights are applied to is stored, the weights are not, nor what they sum to.
+        return attention_product * (wanted.attended or "output_kernel" in names)
     if remat == "block" and (wanted.gated or "down_kernel" in names):
         kernel = _kernel_flops(config)
         # No gradient needs the product that ends the block.

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -15,6 +16,7 @@ from opt_deus_jax.errors import UserError
 ATTENDED = "attended"
 _SPLASH_LANES = 128
 _SPLASH_BLOCKS = (512, 256, 128)
+_QUERY_PARTS, _SMALLEST_PART = 4, 64
 _BATCH_AXES = ("data", "fsdp")
 
 
@@ -85,20 +87,33 @@ def reference_attention(
     batch, length, num_heads, head_dim = query_BTNH.shape
     num_kv_heads = key_BSKH.shape[2]
     precision = matmul_precision(query_BTNH.dtype)
-    grouped_BTKGH = query_BTNH.reshape(
-        batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim
-    )
-    scores_BKGTS = jnp.einsum(
-        "btkgh,bskh->bkgts",
-        grouped_BTKGH,
-        key_BSKH,
+    # One batch of plain products, a query head's rows after another's: no score is transposed, here
+    # or in the gradients.
+    query_BKMH = jnp.moveaxis(query_BTNH, 1, 2).reshape(batch, num_kv_heads, -1, head_dim)
+    key_BKSH, value_BKSH = (jnp.moveaxis(x, 1, 2) for x in (key_BSKH, value_BSKH))
+    scores_BKMS = jnp.einsum(
+        "bkmh,bksh->bkms",
+        query_BKMH,
+        key_BKSH,
         precision=precision,
         preferred_element_type=jnp.float32,
-    ) * (head_dim**-0.5)
-    scores_BKGTS = jnp.where(allowed_BTS[:, None, None], scores_BKGTS, -jnp.inf)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(value_BSKH.dtype)
-    attended_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, value_BSKH, precision=precision)
-    return attended_BTKGH.reshape(query_BTNH.shape)
+    )
+    scores_BNTS = scores_BKMS.reshape(batch, num_heads, length, -1) * (head_dim**-0.5)
+    scores_BNTS = jnp.where(allowed_BTS[:, None], scores_BNTS, -jnp.inf)
+    highest_BNT1 = jax.lax.stop_gradient(jnp.max(scores_BNTS, axis=-1, keepdims=True))
+    weights_BNTS = jnp.exp(scores_BNTS - highest_BNT1)
+    attended_BKMH = jnp.einsum(
+        "bkms,bksh->bkmh",
+        weights_BNTS.astype(value_BSKH.dtype).reshape(scores_BKMS.shape),
+        value_BKSH,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    attended_BKMH = checkpoint_name(attended_BKMH, ATTENDED)
+    attended_BNTH = attended_BKMH.reshape(batch, num_heads, length, -1)
+    # Normalised last, where there is least to divide.
+    attended_BNTH = attended_BNTH / jnp.sum(weights_BNTS, axis=-1, keepdims=True)
+    return jnp.moveaxis(attended_BNTH, 1, 2).astype(query_BTNH.dtype)
 
 
 def causal_mask(
@@ -118,6 +133,12 @@ def causal_mask(
     if example_BT is None:
         return causal_1TT
     return causal_1TT & (example_BT[:, :, None] == example_BT[:, None])
+
+
+def _query_parts(length: int) -> list[tuple[int, int]]:
+    # Four parts leave out three eighths of all pairs; more would gain little and compile longer.
+    size = max(_SMALLEST_PART, -(-length // _QUERY_PARTS))
+    return [(first, min(first + size, length)) for first in range(0, length, size)]
 
 
 def causal_attention(
@@ -146,7 +167,13 @@ def causal_attention(
     """
     if implementation == "reference":
         allowed = causal_mask(query_BTNH.shape[1], example_BT)
-        return reference_attention(query_BTNH, key_BTKH, value_BTKH, allowed)
+        parts = []
+        for first, last in _query_parts(query_BTNH.shape[1]):
+            # Keys after the last query are not even looked at.
+            keys, values = key_BTKH[:, :last], value_BTKH[:, :last]
+            seen = allowed[:, first:last, :last]
+            parts.append(reference_attention(query_BTNH[:, first:last], keys, values, seen))
+        return jnp.concatenate(parts, axis=1)
     if implementation == "splash":
         return splash_attention(query_BTNH, key_BTKH, value_BTKH, example_BT)
     if implementation == "cudnn":

@@ -16,6 +16,7 @@ from opt_deus_jax.models.attention import (
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs
 from opt_deus_jax.models.rope import rotate
+from opt_deus_jax.models.tree_attention import tree_attention
 
 
 class BlockInputs(NamedTuple):
@@ -28,6 +29,8 @@ class BlockInputs(NamedTuple):
             that do not see each other.
         allowed_BTS: With a cache: which of its places each query may see.
         cache_start: With a cache: where this call's keys go, int32 scalar.
+        ends_BT: For rows that are trees, without a cache: place after the last token that sees
+            this one.
     """
 
     cos_BTF: Float[Array, "b t f"]
@@ -35,6 +38,7 @@ class BlockInputs(NamedTuple):
     example_BT: Int[Array, "b t"] | None = None
     allowed_BTS: Bool[Array, "b t s"] | None = None
     cache_start: Array | None = None
+    ends_BT: Int[Array, "b t"] | None = None
 
 
 class KeyValueCache(NamedTuple):
@@ -79,7 +83,8 @@ class DecoderBlock(nn.Module):
 
     Attributes:
         config: The network.
-        attention: An implementation of `causal_attention`; with a cache it is always `reference`.
+        attention: An implementation of `causal_attention`; with a cache it is always `reference`,
+            for trees `tree_attention`.
     """
 
     config: ModelConfig
@@ -119,7 +124,11 @@ class DecoderBlock(nn.Module):
 
         def project(name: str, x: Array) -> Array:
             kernel = params[f"{name}_kernel"]
-            y = jnp.einsum("btd,od->bto", x, kernel, precision=matmul_precision(dtype))
+            # Flat: with batch and time apart, XLA on CPU transposes, element by element, what the
+            # gradient of the kernel is made from.
+            flat_MD = x.reshape(-1, x.shape[-1])
+            y = jnp.einsum("md,od->mo", flat_MD, kernel, precision=matmul_precision(dtype))
+            y = y.reshape(*x.shape[:2], -1)
             bias = params.get(f"{name}_bias")
             return y if bias is None else y + bias[None, None]
 
@@ -157,7 +166,9 @@ class DecoderBlock(nn.Module):
         query = rotate(split_heads(query, "heads"), inputs.cos_BTF, inputs.sin_BTF)
         key = rotate(split_heads(key, kv_axis), inputs.cos_BTF, inputs.sin_BTF)
         seen = KeyValueCache(key, split_heads(value, kv_axis))
-        if cache is None:
+        if inputs.ends_BT is not None:
+            attended = tree_attention(query, *seen, inputs.ends_BT)
+        elif cache is None:
             attended = causal_attention(query, *seen, inputs.example_BT, self.attention)
         else:
             assert inputs.cache_start is not None

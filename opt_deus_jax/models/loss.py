@@ -26,10 +26,13 @@ def _chunk_loss(
 ) -> tuple[Array, Array]:
     logits_BCV = project_to_vocabulary(hidden_BCD, head_VD)
     logits_BCV = constrain(logits_BCV, "batch", "length", "vocabulary")
-    log_normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    # Exponentials are stored, not made again for the gradient: they cost more than memory does.
+    highest_BC = jnp.max(logits_BCV, axis=-1)
+    exponentials_BCV = jnp.exp(logits_BCV - highest_BC[..., None])
+    sum_BC = jnp.sum(exponentials_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    loss = jnp.sum((log_normalizer_BC - target_BC) * weights_BC)
-    return loss, logits_BCV - log_normalizer_BC[..., None]
+    loss = jnp.sum((jnp.log(sum_BC) + highest_BC - target_BC) * weights_BC)
+    return loss, exponentials_BCV / sum_BC[..., None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -73,22 +76,24 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk_tokens):  # noqa
     def step(state: tuple, chunk: tuple) -> tuple[tuple, Array]:
         total, head_gradient = state
         hidden_BCD, targets, weights = chunk
-        loss, log_probabilities_BCV = _chunk_loss(hidden_BCD, head, targets, weights)
+        loss, probabilities_BCV = _chunk_loss(hidden_BCD, head, targets, weights)
         is_target_BCV = targets[..., None] == jnp.arange(head.shape[0])[None, None]
-        gradient_BCV = (jnp.exp(log_probabilities_BCV) - is_target_BCV) * weights[..., None]
+        gradient_BCV = (probabilities_BCV - is_target_BCV) * weights[..., None]
         gradient_BCV = gradient_BCV.astype(hidden_BCD.dtype)
-        hidden_gradient = jnp.einsum("bcv,vd->bcd", gradient_BCV, head, precision=precision)
+        # Flat, as in `DecoderBlock`.
+        gradient_MV = gradient_BCV.reshape(-1, head.shape[0])
+        hidden_gradient = jnp.einsum("mv,vd->md", gradient_MV, head, precision=precision)
         if head_is_trained:
             added = jnp.einsum(
-                "bcv,bcd->vd",
-                gradient_BCV,
-                hidden_BCD,
+                "mv,md->vd",
+                gradient_MV,
+                hidden_BCD.reshape(-1, head.shape[1]),
                 precision=precision,
                 preferred_element_type=jnp.float32,
             )
             # Cut by width already here: no device ever holds the whole sum.
             head_gradient = head_gradient + constrain(added, "vocabulary", "width")
-        return (total + loss, head_gradient), hidden_gradient
+        return (total + loss, head_gradient), hidden_gradient.reshape(hidden_BCD.shape)
 
     arrays = tuple(_chunks(x, chunk_tokens) for x in (hidden, targets_BT.value, weights_BT.value))
     start = jnp.zeros((), jnp.float32)

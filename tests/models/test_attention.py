@@ -41,14 +41,21 @@ def _value_and_gradients(attention, query, key, value, weights):
     return (attended, *gradients)
 
 
+# 12 tokens are one part of queries, 200 are four, the last of them short.
+@pytest.mark.parametrize("length", [12, 200])
 @pytest.mark.parametrize("packed", [False, True])
-def test_reference_equals_jax(packed: bool) -> None:
-    query, key, value, _ = _inputs(batch=2, length=12, heads=4, kv_heads=2, head_dim=8)
-    example = _examples(2, 12) if packed else None
+def test_reference_equals_jax(length: int, packed: bool) -> None:
+    arrays = _inputs(batch=2, length=length, heads=4, kv_heads=2, head_dim=8)
+    example = _examples(2, length) if packed else None
     mask = None if example is None else (example[:, :, None] == example[:, None])[:, None]
-    expected = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
-    found = causal_attention(query, key, value, example, "reference")
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+    oracle = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=True)
+    reference = functools.partial(causal_attention, example_BT=example, implementation="reference")
+    expected, found = (
+        jax.jit(functools.partial(_value_and_gradients, attention))(*arrays)
+        for attention in (oracle, reference)
+    )
+    for name, one, other in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5, err_msg=name)
 
 
 # Heads that 'tensor' divides, KV heads that it must repeat, heads that it cannot cut; a length
