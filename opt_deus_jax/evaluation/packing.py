@@ -169,7 +169,8 @@ def batches(plans: Sequence[Plan], batch_tokens: int, shards: int) -> Iterator[l
         shards: The number of rows is a multiple of this.
 
     Yields:
-        Batches; of the last of each length some rows are empty.
+        Batches; the last of each length has half as many rows as often as they suffice, so that
+        few programs are compiled and few rows are empty.
     """
     start = 0
     while start < len(plans):
@@ -177,6 +178,8 @@ def batches(plans: Sequence[Plan], batch_tokens: int, shards: int) -> Iterator[l
         rows = max(batch_tokens // length // shards, 1) * shards
         batch = [plan for plan in plans[start : start + rows] if plan.length == length]
         start += len(batch)
+        while len(batch) * 2 <= rows and rows % (2 * shards) == 0:
+            rows //= 2
         yield batch + [Plan(length, [])] * (rows - len(batch))
 
 

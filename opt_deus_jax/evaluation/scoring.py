@@ -20,7 +20,7 @@ from opt_deus_jax.evaluation.packing import (
     pad_rows,
     plan_rows,
 )
-from opt_deus_jax.models.block import BlockInputs, KeyValueCache, root_mean_square_norm
+from opt_deus_jax.models.block import root_mean_square_norm
 from opt_deus_jax.models.language_model import (
     BlockParams,
     Params,
@@ -32,8 +32,6 @@ from opt_deus_jax.models.language_model import (
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.training.placement import put_rows
 
-# Queries whose attention scores are in memory at once, for each row.
-_QUERIES = 512
 # Predictions whose logits are in memory at once: most, and for the rest of a batch.
 _MANY, _FEW = 512, 64
 # Targets of one prediction; the choices of a question share the prediction of their first token.
@@ -166,52 +164,16 @@ def packed_hidden_states(
     x_BTD = params["embedding"][tokens_BT].astype(dtype)
     x_BTD = constrain(x_BTD, "lookup_batch", "length", "width")
     x_BTD = constrain(x_BTD, "batch", "length", "gathered_width")
-    inputs = _inputs_by_chunk(config, positions_BT, ends_BT)
+    inputs = causal_inputs(config, positions_BT)._replace(ends_BT=ends_BT)
 
     def apply_pattern(x: Array, pattern: list[BlockParams]) -> tuple[Array, None]:
         for block in pattern:
-            x = _apply_by_chunk(config, block, x, inputs)
+            x, _ = apply_block(config, block, x, inputs)
         return x, None
 
     for segment in params["segments"]:
         x_BTD, _ = jax.lax.scan(apply_pattern, x_BTD, segment)
     return root_mean_square_norm(x_BTD, params["final_norm"], config.norm_epsilon)
-
-
-def _inputs_by_chunk(
-    config: ModelConfig, positions_BT: Array, ends_BT: Array
-) -> list[tuple[slice, BlockInputs]]:
-    length = positions_BT.shape[1]
-    whole = causal_inputs(config, positions_BT)
-    chunks = []
-    for start in range(0, length, _QUERIES):
-        part = slice(start, min(start + _QUERIES, length))
-        query_1Q1 = jnp.arange(part.start, part.stop)[None, :, None]
-        key_11S = jnp.arange(part.stop)[None, None]
-        allowed_BQS = (key_11S <= query_1Q1) & (query_1Q1 < ends_BT[:, None, : part.stop])
-        inputs = BlockInputs(
-            whole.cos_BTF[:, part],
-            whole.sin_BTF[:, part],
-            allowed_BTS=allowed_BQS,
-            cache_start=jnp.asarray(start, jnp.int32),
-        )
-        chunks.append((part, inputs))
-    return chunks
-
-
-def _apply_by_chunk(
-    config: ModelConfig, block: BlockParams, x_BTD: Array, chunks: list[tuple[slice, BlockInputs]]
-) -> Array:
-    """Applies a block to some queries after others, which see only what comes before them."""
-    batch = x_BTD.shape[0]
-    empty = jnp.zeros((batch, 0, config.num_kv_heads, config.head_dim), x_BTD.dtype)
-    cache, done = KeyValueCache(empty, empty), []
-    for part, inputs in chunks:
-        room = ((0, 0), (0, part.stop - part.start), (0, 0), (0, 0))
-        cache = KeyValueCache(*(jnp.pad(seen, room) for seen in cache))
-        x_BQD, cache = apply_block(config, block, x_BTD[:, part], inputs, cache)
-        done.append(x_BQD)
-    return jnp.concatenate(done, axis=1)
 
 
 def _score_rows(

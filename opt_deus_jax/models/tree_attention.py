@@ -1,0 +1,109 @@
+"""Attention in rows that hold several sequences as a tree, without all scores in memory."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from opt_deus_jax.models.attention import matmul_precision
+
+# Scores of so many queries and keys, of all heads, are in memory at once: in short and long rows.
+_SHORT, _LONG = (128, 128), (256, 512)
+_LONG_FROM = 2048
+# Below every score; finite, so that a block without any visible key leaves no NaN behind.
+_HIDDEN = -1e30
+
+
+def tree_attention(
+    query_BTNH: Float[Array, "b t n h"],
+    key_BTKH: Float[Array, "b t k h"],
+    value_BTKH: Float[Array, "b t k h"],
+    ends_BT: Int[Array, "b t"],
+) -> Float[Array, "b t n h"]:
+    """Grouped-query attention of each token to its ancestors and itself.
+
+    The tree is in depth-first order: token s is an ancestor of token t or t itself where
+    s <= t < ends[s]. A row that is one sequence has all ends at its length. The softmax is computed
+    block by block (Rabe and Staats 2021, arXiv 2112.05682); blocks after the queries are skipped.
+
+    Args:
+        query_BTNH: Rotated queries; head n belongs to KV head n // (n / k).
+        key_BTKH: Rotated keys.
+        value_BTKH: Values.
+        ends_BT: Place after the last token that sees this one.
+
+    Returns:
+        The attended values, in the dtype of the queries.
+    """
+    batch, length, num_heads, head_dim = query_BTNH.shape
+    num_kv_heads = key_BTKH.shape[2]
+    queries, keys = _LONG if length >= _LONG_FROM else _SHORT
+    groups = num_heads // num_kv_heads
+    padded = length + -length % max(queries, keys)
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))
+
+    query_BKGTH = jnp.transpose(
+        pad(query_BTNH).reshape(batch, padded, num_kv_heads, groups, head_dim), (0, 2, 3, 1, 4)
+    )
+    key_BKSH, value_BKSH = (pad(x).transpose(0, 2, 1, 3) for x in (key_BTKH, value_BTKH))
+    # A padded token sees itself.
+    ends_BS = jnp.maximum(pad(ends_BT), jnp.arange(padded)[None] + 1)
+
+    def attend(start: Array) -> Array:
+        chunk = jax.lax.dynamic_slice_in_dim(query_BKGTH, start, queries, axis=3)
+        return _attend_chunk(chunk, start, key_BKSH, value_BKSH, ends_BS, keys)
+
+    attended_CBKGQH = jax.lax.map(attend, jnp.arange(0, padded, queries))
+    attended_BCQKGH = attended_CBKGQH.transpose(1, 0, 4, 2, 3, 5)
+    return attended_BCQKGH.reshape(batch, padded, num_heads, head_dim)[:, :length]
+
+
+def _attend_chunk(
+    query_BKGQH: Array,
+    start: Array,
+    key_BKSH: Array,
+    value_BKSH: Array,
+    ends_BS: Array,
+    keys: int,
+) -> Array:
+    queries, head_dim = query_BKGQH.shape[3:]
+    precision = matmul_precision(query_BKGQH.dtype)
+    place_1Q1 = (start + jnp.arange(queries))[None, :, None]
+
+    def step(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest_BKGQ, mass_BKGQ, summed_BKGQH = state
+        first = block * keys
+        key, value = (
+            jax.lax.dynamic_slice_in_dim(x, first, keys, axis=2) for x in (key_BKSH, value_BKSH)
+        )
+        ends_B1S = jax.lax.dynamic_slice_in_dim(ends_BS, first, keys, axis=1)[:, None]
+        place_11S = (first + jnp.arange(keys))[None, None]
+        allowed_BQS = (place_11S <= place_1Q1) & (place_1Q1 < ends_B1S)
+        scores_BKGQS = jnp.einsum(
+            "bkgqh,bksh->bkgqs",
+            query_BKGQH,
+            key,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        ) * (head_dim**-0.5)
+        scores_BKGQS = jnp.where(allowed_BQS[:, None, None], scores_BKGQS, _HIDDEN)
+        higher_BKGQ = jnp.maximum(highest_BKGQ, jnp.max(scores_BKGQS, axis=-1))
+        weights_BKGQS = jnp.exp(scores_BKGQS - higher_BKGQ[..., None])
+        kept_BKGQ = jnp.exp(highest_BKGQ - higher_BKGQ)
+        added_BKGQH = jnp.einsum(
+            "bkgqs,bksh->bkgqh",
+            weights_BKGQS.astype(value.dtype),
+            value,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        mass_BKGQ = mass_BKGQ * kept_BKGQ + jnp.sum(weights_BKGQS, axis=-1)
+        return higher_BKGQ, mass_BKGQ, summed_BKGQH * kept_BKGQ[..., None] + added_BKGQH
+
+    zeros_BKGQ = jnp.zeros(query_BKGQH.shape[:4], jnp.float32)
+    state = (zeros_BKGQ + _HIDDEN, zeros_BKGQ, jnp.zeros(query_BKGQH.shape, jnp.float32))
+    # Keys after the last query are seen by none.
+    blocks = (start + queries + keys - 1) // keys
+    _, mass_BKGQ, summed_BKGQH = jax.lax.fori_loop(0, blocks, step, state)
+    return (summed_BKGQH / mass_BKGQ[..., None]).astype(query_BKGQH.dtype)
