@@ -18,9 +18,9 @@ from opt_deus_jax.training.weights import parameter_hash
 from tests.training.test_loop import SPEEDS, experiment, run, steps_of
 
 KILLS = 20
-STEPS = 30
-# Kills come before this step, so that no training ends before its kill.
-LAST_KILL = STEPS - 10
+STEPS = 80
+# Kills come before this step: no training can end between the moment that is waited for and its kill.
+LAST_KILL = STEPS - 40
 PATIENCE = 120
 
 
