@@ -19,7 +19,7 @@ from tests.training.test_loop import SPEEDS, experiment, run, steps_of
 
 KILLS = 20
 STEPS = 80
-# Kills come before this step: no training can end between the moment that is waited for and its kill.
+# Kills come before this step, far from the end: no training gets there before its kill.
 LAST_KILL = STEPS - 40
 PATIENCE = 120
 
