@@ -2,9 +2,8 @@ r"""Trains a grown model: continual pre-training or fine-tuning, on one device o
 
 python -m experiments.train --config=configs/smollm2_135m.py:demo --workdir=runs/first
 Needs experiments.expand and experiments.prepare_data with the same flags. Run again after an
-interruption, on any number of devices and processes, it goes on from the latest checkpoint. SIGTERM
-saves one and exits with status 143. Writes WORKDIR/checkpoints, metrics.jsonl, tensorboard,
-loss.png and profile.
+interruption, on any devices and processes, it goes on from the latest checkpoint. SIGTERM saves one
+and exits with status 143. Writes WORKDIR/checkpoints, metrics.jsonl, tensorboard and loss.png.
 """
 
 import hashlib
@@ -37,10 +36,9 @@ def main() -> None:
     """Trains and draws the losses."""
     processes.start_processes()
     is_writer = jax.process_index() == 0
-    parts = (("base", "upscale", "data"), ("optimizer", "mesh", "training"))
-    experiment, workdir = launch.start(*parts, is_writer=is_writer)
-    expanded = workdir / "expanded"
-    manifest = read_manifest(expanded)
+    changing = ("optimizer", "mesh", "training")
+    experiment, workdir = launch.start(("base", "upscale", "data"), changing, is_writer=is_writer)
+    manifest = read_manifest(expanded := workdir / "expanded")
     splits = load_info(workdir / "records").splits
     records = {name: load_records(workdir / "records", name, verify=True) for name in splits}
     source = open_checkpoint(str(expanded))
@@ -68,13 +66,12 @@ def main() -> None:
 
 def report(workdir: Path, result: TrainingResult) -> None:
     """Draws the losses and says what they did."""
-    picture, metrics = workdir / "loss.png", read_metrics(workdir / "metrics.jsonl")
-    plot_losses(picture, metrics, result.held_out_losses)
+    picture = workdir / "loss.png"
+    plot_losses(picture, read_metrics(workdir / "metrics.jsonl"), result.held_out_losses)
     (_, before), *_, (_, after) = result.held_out_losses
     show(
         f"held-out loss: {before:.4f} before, {after:.4f} nats a token after {result.last_step} "
-        f"steps ({after - before:+.4f})",
-        f"picture: {picture}",
+        f"steps ({after - before:+.4f}); picture: {picture}",
     )
 
 

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 
+import jax
 import pytest
 from absl import flags
 
@@ -38,3 +39,4 @@ def test_flags_that_cannot_work_are_named(arguments: list[str], message: str):
 def test_without_flags_there_is_one_process():
     flags.FLAGS(["train"])
     processes.start_processes()
+    assert jax.process_count() == 1
