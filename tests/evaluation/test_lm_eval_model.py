@@ -1,0 +1,144 @@
+"""The model class against lm_eval's own `hf` backend, on the same checkpoint and questions."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from opt_deus_jax.checkpoints.tokenizer import load_tokenizer
+from opt_deus_jax.config import PAPER_TASKS, EvaluationConfig, MeshConfig
+from opt_deus_jax.distributed.mesh import make_mesh
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
+from opt_deus_jax.evaluation.loading import LoadedModel
+from opt_deus_jax.evaluation.results import metric_rows
+from opt_deus_jax.evaluation.tasks import load_tasks, run_tasks
+from opt_deus_jax.models.model_config import read_model_config
+from tests.evaluation.conftest import hf_backend, write_model
+from tests.llama_checkpoints import oracle_model, params_of, smollm2
+
+_TIE = 1e-3
+
+
+def _requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]  # pyright: ignore
+
+
+def _assert_same_answers(ours: dict[str, Any], theirs: dict[str, Any]) -> int:
+    """Log-likelihoods within 1e-3 nats, and the same choices but for ties; returns how many."""
+    compared = 0
+    assert ours["samples"].keys() == theirs["samples"].keys()
+    for task, rows in ours["samples"].items():
+        for mine, other in zip(rows, theirs["samples"][task], strict=True):
+            assert mine["arguments"] == other["arguments"]
+            if task == "wikitext":
+                for metric in ("word_perplexity", "byte_perplexity"):
+                    assert mine[metric][0] == pytest.approx(other[metric][0], rel=1e-4)
+                continue
+            mine, other = (np.array([r[0] for r in row["filtered_resps"]]) for row in (mine, other))
+            np.testing.assert_allclose(mine, other, atol=_TIE, rtol=0)
+            chosen = int(mine.argmax())
+            assert other.max() - other[chosen] <= _TIE
+            compared += len(mine)
+    return compared
+
+
+def test_lm_eval_knows_it_by_name() -> None:
+    assert get_model("opt_deus_jax") is OptDeusModel
+
+
+def test_the_paper_s_tasks_equal_the_hf_backend(
+    model: OptDeusModel, oracle: Any, questions: Path
+) -> None:
+    settings = EvaluationConfig(local_data=str(questions), limit=3)
+    tasks = load_tasks(settings)
+    ours = run_tasks(model, settings, tasks=tasks, log_samples=True)
+    theirs = run_tasks(oracle, settings, tasks=tasks, log_samples=True)
+    # Four tasks of 3 questions with 4, 4, 5 and 2 choices, three of 2, and mmlu's subjects.
+    assert _assert_same_answers(ours, theirs) == 3 * (4 + 4 + 2 + 5 + 2 + 2) + 57 * 4
+    rows = metric_rows(ours)
+    assert {row["task"] for row in rows} >= set(PAPER_TASKS)
+    for mine, other in zip(rows, metric_rows(theirs), strict=True):
+        assert mine["task"] == other["task"]
+        assert mine["value"] == pytest.approx(other["value"], rel=1e-3), mine
+    assert {row["questions"] for row in rows if row["task"] == "mmlu"} == {57}
+    # The passages of boolq and logiqa are longer than this model's context.
+    assert ours["config"]["truncated_requests"] > 0
+    assert ours["results"].keys() == theirs["results"].keys()
+    assert {"versions", "n-shot", "configs", "group_subtasks", "lm_eval_version"} <= ours.keys()
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("with_bos") / "model", adds_bos=True)
+
+
+def test_texts_become_the_same_tokens(checkpoint: Path, with_bos: Path) -> None:
+    pairs = [("the base", " computes"), ("the base ", "computes"), ("", "the"), ("A.", " B")]
+    pairs += [("<|begin|>the", " base"), ("<|end|>the", " base"), ("the\n", "\nbase")]
+    for folder in (checkpoint, with_bos):
+        ours, theirs = OptDeusModel(str(folder)), hf_backend(str(folder))
+        assert ours.prefix_token_id == theirs.prefix_token_id == int(folder == with_bos)
+        assert ours.eot_token_id == theirs.eot_token_id == 0
+        assert ours.max_length == theirs.max_length == 96
+        for context, continuation in pairs:
+            assert ours.tok_encode(continuation) == theirs.tok_encode(continuation)
+            if context:
+                expected = theirs._encode_pair(context, continuation)
+                assert ours._encode_pair(context, continuation) == expected
+        requests = _requests("loglikelihood", pairs)
+        np.testing.assert_allclose(
+            [answer[0] for answer in ours.loglikelihood(requests, disable_tqdm=True)],
+            [answer[0] for answer in theirs.loglikelihood(requests, disable_tqdm=True)],
+            atol=_TIE,
+            rtol=0,
+        )
+
+
+def test_generations_equal_the_hf_backend(model: OptDeusModel, oracle: Any) -> None:
+    texts = ["the base computes", "Question: what", "the grown model " * 12, "A."]
+    greedy: list[dict[str, Any]] = [{"until": ["e"], "max_gen_toks": 12}, {"max_gen_toks": 6}]
+    arguments = [(text, dict(settings)) for text in texts for settings in greedy]
+    requests = _requests("generate_until", arguments)
+    found = model.generate_until(requests, disable_tqdm=True)
+    # One at a time: the oracle pads on the left of its batches with tokens that it attends to.
+    expected = [oracle.generate_until([request], disable_tqdm=True)[0] for request in requests]
+    assert found == expected
+    assert len(set(found)) > 4
+
+
+def test_settings_of_generation_that_cannot_be_kept_are_refused(model: OptDeusModel) -> None:
+    for settings, named in (({"num_beams": 4}, "num_beams"), ({"max_gen_toks": 96}, "context")):
+        with pytest.raises(UserError, match=named):
+            model.generate_until(_requests("generate_until", [("the", settings)]), True)
+    with pytest.raises(UserError, match="batch_tokens"):
+        OptDeusModel(model.model, batch_size=8)
+
+
+def test_smollm2_equals_the_hf_backend(questions: Path) -> None:
+    source = smollm2()
+    tokenizer = load_tokenizer(source.side_files, source.hf_config, source.name)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
+    config = read_model_config(source.hf_config)
+    ours = OptDeusModel(LoadedModel(params_of(source), config, tokenizer, mesh), batch_tokens=256)
+    tensors = {name: source.read(name) for name in source.tensors}
+    files = {name: source.side_files[name] for name in ("tokenizer.json",)}
+    backend = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_buffer(files["tokenizer.json"]),
+        **tokenizer.special_tokens,
+    )
+    theirs = hf_backend(oracle_model(source.hf_config, tensors), tokenizer=backend)
+    settings = EvaluationConfig(
+        tasks=("arc_easy", "winogrande", "wikitext"), local_data=str(questions), limit=2
+    )
+    tasks = load_tasks(settings)
+    answers = [run_tasks(one, settings, tasks=tasks, log_samples=True) for one in (ours, theirs)]
+    assert _assert_same_answers(*answers) == 2 * (4 + 2)
+    mine, other = (one["results"]["wikitext"]["word_perplexity,none"] for one in answers)
+    assert mine == pytest.approx(other, rel=1e-3)
