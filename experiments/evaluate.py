@@ -7,7 +7,6 @@ Face folder, .gguf file or hub id. Questions come from the hub, or offline from
 --samples also every question and answer. Needs the extra `eval`.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import jax
 from absl import flags
 
 from opt_deus_jax import launch
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.distributed import processes
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.reporting.tables import records_table, show
@@ -52,7 +50,7 @@ def main() -> None:
     # Slow to import, and lm_eval may be missing.
     from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
     from opt_deus_jax.evaluation.loading import load_model
-    from opt_deus_jax.evaluation.results import metric_rows
+    from opt_deus_jax.evaluation.results import metric_rows, write_results
     from opt_deus_jax.evaluation.tasks import load_tasks, run_tasks
 
     # It remarks on defaults of its own tasks.
@@ -64,17 +62,10 @@ def main() -> None:
     if not is_writer:
         return
     name = _NAME.value or Path(pretrained).stem
-    folder = workdir / "evaluation"
-    folder.mkdir(exist_ok=True)
-    for task, rows in results.pop("samples", {}).items():
-        lines = (json.dumps(row, default=str) + "\n" for row in rows)
-        (folder / f"{name}_samples_{task}.jsonl").write_text("".join(lines))
-    write_json(folder / f"{name}.json", results)
-    show(records_table(metric_rows(results), f"{name}: {settings.num_fewshot}-shot"))
-    show(
-        f"questions cut from the left to fit the context: {model.truncated_requests}",
-        f"results: {folder / name}.json",
-    )
+    path = write_results(workdir / "evaluation", name, results)
+    cut = f"questions cut from the left to fit the context: {model.truncated_requests}"
+    title = f"{name}: {settings.num_fewshot}-shot"
+    show(records_table(metric_rows(results), title), cut, f"results: {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,37 @@
-"""Reading lm_eval's results."""
+"""Writing and reading lm_eval's results."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from lm_eval.utils import handle_non_serializable
+
+
+def write_results(folder: Path, name: str, results: Mapping[str, Any]) -> Path:
+    """Writes NAME.json as lm_eval does and, where there are samples, NAME_samples_TASK.jsonl.
+
+    Args:
+        folder: Where to; made where it is missing.
+        name: Of the files, which are overwritten.
+        results: What `run_tasks` returns.
+
+    Returns:
+        The file with the results.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def dump(content: Any, indent: int | None = None) -> str:
+        text = json.dumps(
+            content, indent=indent, default=handle_non_serializable, ensure_ascii=False
+        )
+        return text + "\n"
+
+    for task, rows in results.get("samples", {}).items():
+        (folder / f"{name}_samples_{task}.jsonl").write_text("".join(map(dump, rows)))
+    path = folder / f"{name}.json"
+    path.write_text(dump({key: results[key] for key in results if key != "samples"}, 2))
+    return path
 
 
 def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
@@ -52,9 +53,8 @@ def write_model(directory: Path, adds_bos: bool = False) -> Path:
 
 
 def hf_backend(pretrained: Any, **arguments: Any) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained, device="cpu", dtype="float32", batch_size=4, **arguments)
+    backend: Any = HFLM
+    return backend(pretrained, device="cpu", dtype="float32", batch_size=4, **arguments)
 
 
 @pytest.fixture(scope="package")
