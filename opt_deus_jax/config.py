@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.template": ("chat", "alpaca"),
     "optimizer.schedule": ("wsd", "cosine"),
     "training.compute_dtype": ("float32", "bfloat16"),
+    "training.kernel_dtype": ("float32", "bfloat16"),
     "training.frozen_dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "matmuls", "block"),
     "training.attention": ("reference", "cudnn", "splash"),
@@ -162,7 +163,10 @@ class TrainingConfig:
         epochs: Times that every record is seen, where `steps` is 0.
         batch_size: Sequences an optimizer step, over all devices.
         accumulation_steps: Parts into which each batch is cut; gradients are averaged over them.
-        compute_dtype: Type of activations and of the kernels as multiplied.
+        compute_dtype: Type of activations.
+        kernel_dtype: Type of the kernels as multiplied; None takes `compute_dtype`. `bfloat16`
+            under float32 activations rounds what is multiplied with a kernel and sums in float32:
+            what a TPU does by itself, and faster on a CPU that has bfloat16 products.
         frozen_dtype: Type in which frozen parameters are held.
         attention: `reference` (all scores in memory, anywhere), `cudnn` (NVIDIA GPU, bfloat16) or
             `splash` (TPU).
@@ -181,6 +185,7 @@ class TrainingConfig:
     batch_size: int = 8
     accumulation_steps: int = 1
     compute_dtype: str = "float32"
+    kernel_dtype: str | None = None
     frozen_dtype: str = "float32"
     attention: str = "reference"
     remat: str = "none"

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.products import matmul_precision
 
 # What the backward pass of a fused attention needs of its forward pass, as remat policies know it.
 ATTENDED = "attended"
@@ -18,11 +19,6 @@ _SPLASH_LANES = 128
 _SPLASH_BLOCKS = (512, 256, 128)
 _QUERY_PARTS, _SMALLEST_PART = 4, 64
 _BATCH_AXES = ("data", "fsdp")
-
-
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 means float32 on every backend; lower types take the hardware's own products."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def check_attention(

@@ -8,13 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_deus_jax.distributed.sharding import constrain, gather_width, num_shards
-from opt_deus_jax.models.attention import (
-    causal_attention,
-    matmul_precision,
-    reference_attention,
-)
+from opt_deus_jax.models.attention import causal_attention, reference_attention
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs
+from opt_deus_jax.models.products import project as multiply_kernel
 from opt_deus_jax.models.rope import rotate
 from opt_deus_jax.models.tree_attention import tree_attention
 
@@ -85,10 +82,12 @@ class DecoderBlock(nn.Module):
         config: The network.
         attention: An implementation of `causal_attention`; with a cache it is always `reference`,
             for trees `tree_attention`.
+        kernel_dtype: Type of the kernels as multiplied; None takes that of the activations.
     """
 
     config: ModelConfig
     attention: str = "reference"
+    kernel_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(
@@ -97,7 +96,7 @@ class DecoderBlock(nn.Module):
         inputs: BlockInputs,
         cache: KeyValueCache | None = None,
     ) -> tuple[Float[Array, "b t d"], KeyValueCache]:
-        """Applies the block; kernels are cast to the dtype of `x_BTD`.
+        """Applies the block; parameters but kernels are cast to the dtype of `x_BTD`.
 
         Args:
             x_BTD: The residual stream.
@@ -116,7 +115,9 @@ class DecoderBlock(nn.Module):
         params = {
             # Cast first: what travels between devices is as small as what is multiplied.
             name: gather_width(
-                self.param(name, initializers[spec.init], spec.shape, jnp.float32).astype(dtype),
+                self.param(name, initializers[spec.init], spec.shape, jnp.float32).astype(
+                    (self.kernel_dtype or dtype) if name.endswith("_kernel") else dtype
+                ),
                 spec.logical_axes,
             )
             for name, spec in specs.items()
@@ -127,8 +128,7 @@ class DecoderBlock(nn.Module):
             # Flat: with batch and time apart, XLA on CPU transposes, element by element, what the
             # gradient of the kernel is made from.
             flat_MD = x.reshape(-1, x.shape[-1])
-            y = jnp.einsum("md,od->mo", flat_MD, kernel, precision=matmul_precision(dtype))
-            y = y.reshape(*x.shape[:2], -1)
+            y = multiply_kernel(flat_MD, kernel).reshape(*x.shape[:2], -1)
             bias = params.get(f"{name}_bias")
             return y if bias is None else y + bias[None, None]
 

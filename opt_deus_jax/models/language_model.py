@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_deus_jax.distributed.sharding import constrain, gather_width
-from opt_deus_jax.models.attention import ATTENDED, matmul_precision
+from opt_deus_jax.models.attention import ATTENDED
 from opt_deus_jax.models.block import (
     BlockInputs,
     DecoderBlock,
@@ -22,6 +22,7 @@ from opt_deus_jax.models.block import (
 )
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import outer_specs
+from opt_deus_jax.models.products import PRODUCT, matmul_precision
 from opt_deus_jax.models.rope import rotary_tables
 
 Params = dict[str, Any]
@@ -96,9 +97,10 @@ def apply_block(
     inputs: BlockInputs,
     cache: KeyValueCache | None = None,
     attention: str = "reference",
+    kernel_dtype: jnp.dtype | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValueCache]:
     """Applies one `DecoderBlock` with the given parameters."""
-    module = DecoderBlock(config, attention)
+    module = DecoderBlock(config, attention, kernel_dtype)
     return module.apply({"params": block}, x_BTD, inputs, cache)  # pyright: ignore
 
 
@@ -110,10 +112,7 @@ def _all_but_casts(primitive: Any, *_: Any, **__: Any) -> bool:
 # What the backward pass finds stored; the rest it computes again.
 _REMAT_POLICIES = {
     "none": _all_but_casts,
-    "matmuls": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    ),
+    "matmuls": jax.checkpoint_policies.save_only_these_names(ATTENDED, PRODUCT),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -127,6 +126,7 @@ def hidden_states(
     dtype: jnp.dtype,
     attention: str = "reference",
     remat: str = "none",
+    kernel_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "b t d"]:
     """Runs embedding, segments and final norm.
 
@@ -136,10 +136,11 @@ def hidden_states(
         example_BT: Which example each token belongs to: tokens attend within it and positions
             begin again with it; None takes each row as one example.
         config: The network; its depth is that of the segments.
-        dtype: Type of the activations and of the kernels as multiplied.
+        dtype: Type of the activations.
         attention: An implementation of `causal_attention`.
         remat: For the backward pass `none` stores every activation, `matmuls` only the products
             with kernels, `block` nothing within a block.
+        kernel_dtype: Type of the kernels as multiplied (`products.project`); None takes `dtype`.
 
     Returns:
         What the head is applied to.
@@ -153,7 +154,7 @@ def hidden_states(
     # A block at a time: a pattern as a whole would also repeat the products between its blocks.
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=_REMAT_POLICIES[remat])
     def apply(x: Array, block: BlockParams) -> Array:
-        return apply_block(config, block, x, inputs, attention=attention)[0]
+        return apply_block(config, block, x, inputs, None, attention, kernel_dtype)[0]
 
     def apply_pattern(x: Array, pattern: list[BlockParams]) -> tuple[Array, None]:
         for block in pattern:
@@ -175,12 +176,12 @@ def head_kernel(params: Params, dtype: jnp.dtype) -> Float[Array, "v d"]:
 def project_to_vocabulary(
     hidden: Float[Array, "*b d"], head_VD: Float[Array, "v d"]
 ) -> Float[Array, "*b v"]:
-    """Logits in float32."""
+    """Logits in float32; the hidden states are rounded to the type of the head."""
     return jnp.einsum(
         "...d,vd->...v",
-        hidden,
+        hidden.astype(head_VD.dtype),
         head_VD,
-        precision=matmul_precision(hidden.dtype),
+        precision=matmul_precision(head_VD.dtype),
         preferred_element_type=jnp.float32,
     )
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from opt_deus_jax.distributed.sharding import constrain, num_shards
-from opt_deus_jax.models.attention import matmul_precision
 from opt_deus_jax.models.language_model import project_to_vocabulary
+from opt_deus_jax.models.products import matmul_precision, multiply
 
 
 def _chunks(x_BT: Array, chunk_tokens: int) -> Array:
@@ -51,7 +51,7 @@ def weighted_cross_entropy(
 
     Args:
         hidden_BTD: What the head is applied to.
-        head_VD: The output kernel, in the dtype of `hidden_BTD`.
+        head_VD: The output kernel, in the dtype of `hidden_BTD` or a lower one.
         targets_BT: The tokens to predict.
         weights_BT: float32; 0 leaves a token out. Not differentiated.
         chunk_tokens: Tokens a chunk on each device; at least one of each row.
@@ -82,7 +82,7 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk_tokens):  # noqa
         gradient_BCV = gradient_BCV.astype(hidden_BCD.dtype)
         # Flat, as in `DecoderBlock`.
         gradient_MV = gradient_BCV.reshape(-1, head.shape[0])
-        hidden_gradient = jnp.einsum("mv,vd->md", gradient_MV, head, precision=precision)
+        hidden_gradient = multiply("mv,vd->md", gradient_MV, head)
         if head_is_trained:
             added = jnp.einsum(
                 "mv,md->vd",

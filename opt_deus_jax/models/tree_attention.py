@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from opt_deus_jax.models.attention import matmul_precision
+from opt_deus_jax.models.products import matmul_precision
 
 # Scores of so many queries and keys, of all heads, are in memory at once: in short and long rows.
 _SHORT, _LONG = (128, 128), (256, 512)

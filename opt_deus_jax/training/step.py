@@ -100,6 +100,7 @@ def loss_fn(
     """
     params = merge(trainable, frozen)
     dtype = jnp.dtype(training.compute_dtype)
+    kernel_dtype = jnp.dtype(training.kernel_dtype or dtype)
     tokens_BL, example_BL = batch["tokens"], batch.get("example")
     hidden_BTD = hidden_states(
         params,
@@ -109,10 +110,11 @@ def loss_fn(
         dtype=dtype,
         attention=training.attention,
         remat=training.remat,
+        kernel_dtype=kernel_dtype,
     )
     return weighted_cross_entropy(
         hidden_BTD,
-        head_kernel(params, dtype),
+        head_kernel(params, kernel_dtype),
         tokens_BL[:, 1:],
         weights_BT,
         training.loss_chunk_tokens,
