@@ -245,6 +245,51 @@ class Experiment:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
+@dataclasses.dataclass
+class Contender:
+    """One way to grow the base, in a comparison.
+
+    Attributes:
+        name: Of its runs, distinct among contenders; letters, digits, `_`, `.` and `-`.
+        upscale: Which layers are added, and with which weights.
+        learning_rate: Where its sweep begins; None takes the comparison's `optimizer` setting.
+    """
+
+    name: str
+    upscale: UpscaleConfig = dataclasses.field(default_factory=UpscaleConfig)
+    learning_rate: float | None = None
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Contenders that are trained alike: same base, text, order of records, recipe and questions.
+
+    Attributes:
+        experiment: What all share; its `upscale` is not used.
+        contenders: What differs.
+        seeds: Each contender is trained once for each: the seed is that of the order of the data.
+        sweep_seed: The order of the data on which learning rates are tried, none of `seeds`.
+        sweep_fraction: Share of the steps that a learning rate is tried for.
+        rate_factor: Step of the sweep: from its start it tries rates by this factor up and down
+            until the best has a worse one on both sides.
+        max_rate_steps: How many factors away from its start a sweep goes.
+        questions: Questions a task after training, as `evaluation.limit`; 0 asks none.
+        perplexity_pages: Pages of wikitext that are scored after training; 0 scores none.
+        references: Contenders that the others are held against.
+    """
+
+    experiment: Experiment = dataclasses.field(default_factory=Experiment)
+    contenders: tuple[Contender, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sweep_seed: int = 1000
+    sweep_fraction: float = 0.2
+    rate_factor: float = 2.0
+    max_rate_steps: int = 3
+    questions: int = 0
+    perplexity_pages: int = 0
+    references: tuple[str, ...] = ("copy_next", "llama_pro")
+
+
 def _is_instance(value: Any, annotation: Any) -> bool:
     if isinstance(annotation, types.UnionType):
         return any(_is_instance(value, member) for member in typing.get_args(annotation))

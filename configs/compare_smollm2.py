@@ -1,0 +1,94 @@
+"""Initialisations of new layers at the same place, published presets, and places: SmolLM2-135M.
+
+30 -> 45 layers, the paper's ratio. All contenders see the same tokens in the same order; each is
+given its own learning rate by a sweep. Text and questions: --config.experiment.data.train=FILES,
+--config.experiment.data.held_out=FILES, --config.experiment.evaluation.local_data=FOLDER.
+
+Variants: none for two CPU cores (102,400 tokens a run); `gpu` for one GPU (50M tokens a run, the
+paper's context of 2048); `smoke` for a minute.
+
+    python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
+"""
+
+from configs.smollm2_135m import smollm2_base
+from opt_deus_jax.config import Comparison, Contender, Experiment, UpscaleConfig
+from opt_deus_jax.errors import UserError
+
+_NUM_NEW = 15
+_PLACES = ("middle", "bottom", "top_and_bottom", "uniform")
+
+
+def _contender(name: str, method: str, rate: float | None = None, **settings: object) -> Contender:
+    num_new = 0 if method == "base" else _NUM_NEW
+    upscale = UpscaleConfig(method=method, num_new_layers=num_new, **settings)  # pyright: ignore
+    return Contender(name, upscale, rate)
+
+
+def _contenders() -> tuple[Contender, ...]:
+    same_place = (
+        _contender("copy_next", "copy_next"),
+        _contender("opt_deus_barycentric", "opt_deus"),
+        _contender("copy_previous", "copy_previous"),
+        _contender("opt_deus_reference", "opt_deus", transport="reference"),
+        _contender("random", "random"),
+        _contender("opt_deus_assignment", "opt_deus", transport="assignment"),
+        _contender("average_zero", "average", zero_init=True),
+        _contender("half_next", "half_next"),
+        _contender("average", "average"),
+        _contender("base", "base", 2.5e-4),
+    )
+    presets = (
+        _contender("llama_pro", "llama_pro"),
+        _contender("solar", "solar", 2.5e-4),
+    )
+    places = tuple(
+        _contender(f"{name}_{place}", method, layout=place)
+        for place in _PLACES
+        for name, method in (("copy_next", "copy_next"), ("opt_deus", "opt_deus"))
+    )
+    return (*same_place, *presets, *places)
+
+
+def get_config(variant: str = "") -> Comparison:
+    """Returns the comparison of a variant."""
+    shared = Experiment(base=smollm2_base())
+    shared.data.sequence_length = 256
+    shared.data.max_train_tokens = 2_000_000
+    shared.data.max_held_out_tokens = 8_192
+    shared.optimizer.learning_rate = 1e-3
+    shared.training.steps = 100
+    shared.training.batch_size = 4
+    shared.training.kernel_dtype = "bfloat16"
+    shared.training.checkpoint_every = 50
+    shared.training.keep_checkpoints = 1
+    comparison = Comparison(
+        shared, _contenders(), seeds=(0, 1, 2), questions=20, perplexity_pages=2
+    )
+    if variant == "gpu":
+        shared.data.sequence_length = 2048
+        shared.data.max_train_tokens = 0
+        shared.data.max_held_out_tokens = 400_000
+        shared.optimizer.warmup_steps = 50
+        shared.training.steps = 800
+        shared.training.batch_size = 32
+        shared.training.compute_dtype = shared.training.frozen_dtype = "bfloat16"
+        shared.training.attention = "cudnn"
+        shared.training.remat = "matmuls"
+        shared.training.loss_chunk_tokens = 8192
+        shared.evaluation.batch_tokens = 65_536
+        comparison.questions, comparison.perplexity_pages = 0, 62
+    elif variant == "smoke":
+        shared.data.max_train_tokens = 20_000
+        shared.data.max_held_out_tokens = 1_024
+        shared.data.sequence_length = 64
+        shared.optimizer.warmup_steps = 1
+        shared.training.steps = 5
+        comparison.contenders = comparison.contenders[:2]
+        comparison.seeds, comparison.max_rate_steps = (0, 1), 1
+        comparison.questions, comparison.perplexity_pages = 2, 0
+        comparison.references = ("copy_next",)
+    elif variant:
+        raise UserError(
+            f"configs/compare_smollm2.py: unknown variant {variant!r}; use gpu, smoke or none"
+        )
+    return comparison

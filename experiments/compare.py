@@ -1,0 +1,52 @@
+r"""Compares ways to grow a model: each trained alike, on the same text in the same order.
+
+python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
+For every contender of the config it tries learning rates, trains once for each seed and asks the
+tasks. A finished run leaves RESULTS/NAME.json and is not made again: interrupt it, start it again,
+on another machine too.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from opt_deus_jax import launch
+from opt_deus_jax.comparison.running import prepare, run_all
+from opt_deus_jax.comparison.runs import check_comparison
+from opt_deus_jax.config import Comparison
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.reporting.tables import show
+
+_RESULTS = flags.DEFINE_string("results", "", "Folder of the results; empty: WORKDIR/results.")
+_ONLY = flags.DEFINE_list("only", [], "Contenders to run; empty: all.")
+launch.define_flags(others=("results", "only"))
+
+
+def _command() -> str:
+    """What reproduces a run elsewhere: without the folders of this machine."""
+    given = (a.partition("=") for a in sys.argv[1:] if a.startswith("--config"))
+    named = (f"{n}{e}{Path(v).name if Path(v).is_absolute() else v}" for n, e, v in given)
+    return shlex.join(["python", "-m", "experiments.compare", *named])
+
+
+def main() -> None:
+    """Runs what has no result yet, then reports."""
+    comparison = flags.FLAGS.config
+    if not isinstance(comparison, Comparison):
+        raise UserError("--config: get_config() must return opt_deus_jax.config.Comparison")
+    check_comparison(comparison)
+    names = [contender.name for contender in comparison.contenders]
+    unknown = [name for name in _ONLY.value if name not in names]
+    if unknown:
+        raise UserError(f"--only={unknown[0]}: no contender; use some of {', '.join(names)}")
+    workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
+    results = Path(_RESULTS.value).absolute() if _RESULTS.value else workdir / "results"
+    setting = prepare(comparison, workdir=workdir, results=results, command=_command(), say=show)
+    for _ in run_all(setting, _ONLY.value):
+        pass
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,290 @@
+"""Runs a comparison: growing, trying learning rates, training, asking."""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
+from opt_deus_jax.checkpoints.opening import open_checkpoint
+from opt_deus_jax.checkpoints.source import CheckpointSource
+from opt_deus_jax.checkpoints.tokenizer import load_tokenizer
+from opt_deus_jax.comparison.runs import (
+    Run,
+    experiment_of,
+    read_result,
+    recipe_of,
+    starting_rate,
+    upscale_settings,
+    write_result,
+)
+from opt_deus_jax.comparison.sweep import best_exponent, next_exponent
+from opt_deus_jax.config import Comparison, Contender, EvaluationConfig, Experiment
+from opt_deus_jax.data.preparation import prepare_records
+from opt_deus_jax.data.records import Records, load_info, load_records
+from opt_deus_jax.evaluation.loading import LoadedModel
+from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.reporting.comparison import machine
+from opt_deus_jax.training.loop import TrainingResult, train
+from opt_deus_jax.training.metrics import read_metrics
+from opt_deus_jax.training.program import Program, make_program, program_costs
+from opt_deus_jax.training.segments import TrainedNames, invert_mask, merge, select_trained
+from opt_deus_jax.training.weights import load_params
+from opt_deus_jax.upscaling.expand import expand_checkpoint
+from opt_deus_jax.upscaling.methods import resolve_method
+from opt_deus_jax.upscaling.probe import probe_tokens
+
+Say = Callable[[str], None]
+
+
+class Setting(NamedTuple):
+    """What the runs of a comparison stand on.
+
+    Attributes:
+        comparison: The comparison.
+        base: The base checkpoint.
+        records: Training and held-out records.
+        record_hashes: Their hashes, by split.
+        workdir: For grown models and checkpoints.
+        results: Gets a file for each finished run.
+        command: What reproduces a run, recorded with it.
+        say: Is told what is being done.
+    """
+
+    comparison: Comparison
+    base: CheckpointSource
+    records: dict[str, Records]
+    record_hashes: dict[str, str]
+    workdir: Path
+    results: Path
+    command: str
+    say: Say
+
+
+def prepare(
+    comparison: Comparison, *, workdir: Path, results: Path, command: str, say: Say
+) -> Setting:
+    """Opens the base and makes the records that all runs see.
+
+    Args:
+        comparison: The comparison, checked.
+        workdir: Its folder.
+        results: Of its results.
+        command: What reproduces a run.
+        say: Is told what is being done.
+
+    Returns:
+        The setting of `run_all`.
+
+    Raises:
+        UserError: Base or text cannot be used.
+    """
+    base = open_checkpoint(comparison.experiment.base)
+    tokenizer = load_tokenizer(base.side_files, base.hf_config, base.name)
+    folder = workdir / "records"
+    prepare_records(
+        folder,
+        comparison.experiment.data,
+        tokenizer,
+        tokenizer_fingerprint=hashlib.sha256(tokenizer.tokenizer_json).hexdigest(),
+        vocabulary_size=base.hf_config["vocab_size"],
+    )
+    splits = load_info(folder).splits
+    records = {name: load_records(folder, name, verify=True) for name in splits}
+    hashes = {name: split.sha256 for name, split in splits.items()}
+    return Setting(comparison, base, records, hashes, workdir, results, command, say)
+
+
+def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Makes every run that has no result yet: first the sweeps, then a seed after another.
+
+    Args:
+        setting: From `prepare`.
+        chosen: Names of contenders; empty takes all.
+
+    Yields:
+        The result of each run, made now or found.
+
+    Raises:
+        UserError: A run fails, or a result is of another recipe.
+    """
+    contenders = [c for c in setting.comparison.contenders if not chosen or c.name in chosen]
+    rates = {}
+    for contender in contenders:
+        exponent, results = _sweep(setting, contender)
+        yield from results
+        rates[contender.name] = _rate(setting.comparison, contender, exponent)
+    for seed in setting.comparison.seeds:
+        for contender in contenders:
+            yield _result_of(setting, Run(contender, "final", seed, rates[contender.name]))
+
+
+def _rate(comparison: Comparison, contender: Contender, exponent: int) -> float:
+    # Six digits, so that it is the same number in a file and on another machine.
+    rate = starting_rate(comparison, contender) * comparison.rate_factor**exponent
+    return float(f"{rate:.6g}")
+
+
+def _sweep(setting: Setting, contender: Contender) -> tuple[int, list[dict[str, Any]]]:
+    comparison = setting.comparison
+    losses: dict[int, float] = {}
+    results = []
+    while (exponent := next_exponent(losses, comparison.max_rate_steps)) is not None:
+        rate = _rate(comparison, contender, exponent)
+        result = _result_of(setting, Run(contender, "sweep", comparison.sweep_seed, rate))
+        losses[exponent] = result["held_out"][-1]["loss"]
+        results.append(result)
+    return best_exponent(losses), results
+
+
+def _result_of(setting: Setting, run: Run) -> dict[str, Any]:
+    recipe = recipe_of(setting.comparison, setting.record_hashes)
+    found = read_result(setting.results, run, recipe)
+    if found is not None:
+        return found
+    setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
+    result = _perform(setting, run, recipe)
+    path = write_result(setting.results, run, result)
+    loss = result["held_out"][-1]["loss"]
+    setting.say(f"{run.name}: held-out loss {loss:.4f} nats a token; {path}")
+    return result
+
+
+def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    experiment, folder = experiment_of(setting.comparison, run), setting.workdir / "runs" / run.name
+    expanded = _grow(setting, run.contender)
+    manifest, source = read_manifest(expanded), open_checkpoint(str(expanded))
+    config = read_model_config(source.hf_config, source.name)
+    trained = select_trained(config, manifest.is_new, manifest.trained)
+    manifest_hash = hashlib.sha256((expanded / FILE_NAME).read_bytes()).hexdigest()
+    hashes = {f"{name} records": value for name, value in setting.record_hashes.items()}
+    done = train(
+        experiment,
+        source,
+        trained=trained,
+        train_records=setting.records["train"],
+        held_out_records=setting.records["held_out"],
+        workdir=folder,
+        fingerprints=hashes | {"grown model": manifest_hash},
+        devices=jax.devices(),
+    )
+    program = make_program(experiment, config, trained, jax.devices())
+    answers = _ask(setting.comparison, source, program, done) if run.kind == "final" else {}
+    # Once the result is written it can be made again, and it is large.
+    shutil.rmtree(folder / "checkpoints")
+    method = resolve_method(run.contender.upscale)
+    return {
+        "contender": run.contender.name,
+        "kind": run.kind,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        "upscale": upscale_settings(run.contender),
+        "method": dataclasses.asdict(method) | {"transport": manifest.options.get("transport", "")},
+        **_curve(experiment, folder, done),
+        **answers,
+        **_costs(program, trained, experiment.data.sequence_length),
+        "diagnostics": manifest.diagnostics,
+        "identity": manifest.identity,
+        "recipe": recipe,
+        "machine": machine("jax", "optax"),
+        "command": f"{setting.command} --only={run.contender.name}",
+    }
+
+
+def _grow(setting: Setting, contender: Contender) -> Path:
+    folder = setting.workdir / "expanded" / contender.name
+    if not folder.exists():
+        setting.say(f"{contender.name}: growing the base")
+        expand_checkpoint(
+            setting.base,
+            contender.upscale,
+            folder,
+            probe_BT=probe_tokens(setting.base),
+            max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
+        )
+    return folder
+
+
+def _curve(experiment: Experiment, folder: Path, done: TrainingResult) -> dict[str, Any]:
+    tokens_per_step = experiment.training.batch_size * experiment.data.sequence_length
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    seconds = statistics.median(line["step_seconds"] for line in lines)
+    return {
+        "steps": done.last_step,
+        "tokens_per_step": tokens_per_step,
+        "held_out": [
+            {"step": step, "tokens": step * tokens_per_step, "loss": loss}
+            for step, loss in done.held_out_losses
+        ],
+        "training_losses": [[int(line["step"]), round(line["loss"], 5)] for line in lines],
+        "step_seconds": seconds,
+        "tokens_per_second": tokens_per_step / seconds,
+    }
+
+
+def _costs(program: Program, trained: TrainedNames, sequence_length: int) -> dict[str, Any]:
+    costs = program_costs(program, sequence_length)
+    return {
+        "model_flops_per_token": costs.model_flops,
+        "parameters": costs.parameters,
+        "trained_parameters": costs.trained_parameters,
+    }
+
+
+def _ask(
+    comparison: Comparison, source: CheckpointSource, program: Program, done: TrainingResult
+) -> dict[str, Any]:
+    """Accuracies and word perplexity of a trained model, without writing it to disk."""
+    # Slow to import, and only needed where something is asked.
+    from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
+    from opt_deus_jax.evaluation.tasks import run_tasks
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    settings = comparison.experiment.evaluation
+    frozen = load_params(
+        source,
+        program.config,
+        program.segments,
+        dtype=jnp.dtype("float32"),
+        shardings=program.shardings,
+        wanted=invert_mask(program.mask),
+    )
+    tokenizer = load_tokenizer(source.side_files, source.hf_config, source.name)
+    loaded = LoadedModel(
+        merge(done.state.trainable, frozen), program.config, tokenizer, program.mesh
+    )
+    model = OptDeusModel(loaded, settings.compute_dtype, settings.batch_tokens)
+
+    def ask(tasks: tuple[str, ...], limit: int) -> dict[str, Any]:
+        if not (tasks and limit):
+            return {}
+        asked: EvaluationConfig = dataclasses.replace(settings, tasks=tasks, limit=limit)
+        return run_tasks(model, asked)
+
+    questions = tuple(task for task in settings.tasks if task != "wikitext")
+    answers = ask(questions, comparison.questions)
+    pages = ask(("wikitext",), comparison.perplexity_pages)
+    return {
+        "accuracies": {task: _accuracy(answers, task) for task in questions if answers},
+        "word_perplexity": pages["results"]["wikitext"]["word_perplexity,none"] if pages else None,
+    }
+
+
+def _accuracy(answers: Mapping[str, Any], task: str) -> dict[str, Any]:
+    accuracy = answers["results"][task]["acc,none"]
+    members = [task]
+    while groups := [name for name in members if answers["group_subtasks"].get(name)]:
+        members.remove(groups[0])
+        members += answers["group_subtasks"][groups[0]]
+    asked = sum(answers["n-samples"][name]["effective"] for name in members)
+    # lm_eval gives a group none where a task of it was asked once.
+    error = math.sqrt(accuracy * (1 - accuracy) / (asked - 1)) if asked > 1 else None
+    return {"acc": accuracy, "acc_stderr": error, "questions": asked}
