@@ -321,5 +321,6 @@ def validate(experiment: Any, prefix: str = "") -> None:
             continue
         if not _is_instance(value, hints[field.name]):
             raise UserError(f"config field {name}={value!r}: expected {hints[field.name]}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"config field {name}={value!r}: use one of {', '.join(CHOICES[name])}")
+        choices = CHOICES.get(name.removeprefix("experiment."))
+        if choices and value is not None and value not in choices:
+            raise UserError(f"config field {name}={value!r}: use one of {', '.join(choices)}")

@@ -1,0 +1,110 @@
+"""The launcher that compares, as a user runs it: interrupted, resumed, and refusing."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.entry.launching import ROOT, environment, fail, succeed
+from tests.evaluation.questions import write_questions
+
+# What depends on the clock.
+_TIMED = ("step_seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def arguments(base: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    questions = write_questions(tmp_path_factory.mktemp("questions") / "lmeval")
+    return [
+        "--config=tests/entry/tiny_comparison.py",
+        f"--config.experiment.base={base}",
+        f"--config.experiment.data.train={text}",
+        f"--config.experiment.evaluation.local_data={questions}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def workdir(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After a comparison that was killed once."""
+    directory = tmp_path_factory.mktemp("compare")
+    command = [sys.executable, "-m", "experiments.compare", *arguments, f"--workdir={directory}"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while not list(directory.glob("results/*.json")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    made = {path: path.stat().st_mtime_ns for path in directory.glob("results/*.json")}
+    assert 0 < len(made) < 6
+    succeed("compare", *arguments, f"--workdir={directory}")
+    assert all(path.stat().st_mtime_ns == since for path, since in made.items())
+    return directory
+
+
+def results(workdir: Path) -> dict[str, Any]:
+    return {
+        path.stem: {k: v for k, v in json.loads(path.read_text()).items() if k not in _TIMED}
+        for path in (workdir / "results").glob("*.json")
+    }
+
+
+def test_every_contender_is_swept_and_trained_for_every_seed(workdir: Path):
+    assert set(results(workdir)) == {
+        f"{method}_{run}"
+        for method in ("copy_next", "opt_deus")
+        for run in ("sweep_0.0005", "seed0", "seed1")
+    }
+
+
+def test_killed_and_started_again_it_gives_the_results_of_an_uninterrupted_one(
+    workdir: Path, arguments: list[str], tmp_path: Path
+):
+    succeed("compare", *arguments, f"--workdir={tmp_path}", "--only=copy_next")
+    found = results(workdir)
+    alone = results(tmp_path)
+    assert len(alone) == 3
+    assert alone == {name: found[name] for name in alone}
+
+
+def test_a_result_says_how_it_came_about_and_names_no_folder(workdir: Path, base: Path):
+    result = results(workdir)["opt_deus_seed1"]
+    assert [point["step"] for point in result["held_out"]] == [0, 2, 4, 6, 8, 10]
+    assert result["identity"]["bit_identical"]
+    assert result["diagnostics"]
+    assert result["accuracies"]["piqa"]["questions"] == 3
+    assert result["word_perplexity"] > 1
+    assert str(base.parent) not in json.dumps(result)
+    assert result["command"].endswith("--only=opt_deus")
+
+
+def test_contenders_of_a_seed_begin_alike_and_see_the_same_text(workdir: Path):
+    found = results(workdir)
+    starts = {
+        found[f"{method}_seed{seed}"]["held_out"][0]["loss"]
+        for method in ("copy_next", "opt_deus")
+        for seed in (0, 1)
+    }
+    assert len(starts) == 1
+    firsts = {
+        seed: {found[f"{m}_seed{seed}"]["training_losses"][0][1] for m in ("copy_next", "opt_deus")}
+        for seed in (0, 1)
+    }
+    assert [len(losses) for losses in firsts.values()] == [1, 1]
+    assert firsts[0] != firsts[1]
+
+
+def test_another_recipe_and_an_unknown_contender_are_refused(workdir: Path, arguments: list[str]):
+    where = f"--workdir={workdir}"
+    change = "--config.experiment.optimizer.beta2=0.9"
+    assert "recipe.optimizer.beta2=0.95" in fail("compare", *arguments, where, change)
+    assert "copy_next, opt_deus" in fail("compare", *arguments, where, "--only=copy_nxt")
+
+
+def test_a_config_of_one_experiment_is_refused(base: Path, tmp_path: Path):
+    error = fail("compare", "--config=tests/entry/tiny_config.py", f"--workdir={tmp_path}")
+    assert "Comparison" in error
