@@ -173,11 +173,12 @@ def flops_that_are_needed(config: ModelConfig, names: TrainedNames) -> int:
         positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], (BATCH, LENGTH))
         inputs = causal_inputs(config, positions)
         x = merged["", "embedding"][tokens[:, :-1]]
-        for depth in range(len(names.blocks)):
+        for depth, kind in enumerate(config.kinds_of(len(names.blocks))):
             block = {name: merged[str(depth), name] for name in specs}
-            x, _ = apply_block(config, block, x, inputs)
-        x = root_mean_square_norm(x, merged["", "final_norm"], config.norm_epsilon)
-        logits = project_to_vocabulary(x, merged.get(("", "head"), merged["", "embedding"]))
+            x, _ = apply_block(config, kind, block, x, inputs)
+        x = root_mean_square_norm(x, merged["", "final_norm"], config.norm)
+        head = merged.get(("", "head"), merged["", "embedding"])
+        logits = project_to_vocabulary(x, head, config.logits)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.mean(losses)
 

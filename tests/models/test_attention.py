@@ -99,6 +99,7 @@ def test_splash_without_a_mesh_equals_reference() -> None:
         ({"compute_dtype": "float32"}, "needs training.compute_dtype=bfloat16, not float32"),
         ({"packed": True}, "set data.packing=False"),
         ({"head_dim": 100}, "multiple of 8 up to 256, the model's have 100"),
+        ({"soft_cap": 50.0}, "has no cap of the scores, which the model has at 50.0"),
         ({"head_dim": 512}, "multiple of 8 up to 256, the model's have 512"),
     ],
 )
@@ -109,6 +110,7 @@ def test_an_attention_that_cannot_be_used_is_refused(changes: dict, message: str
         "compute_dtype": "bfloat16",
         "packed": False,
         "head_dim": 64,
+        "soft_cap": None,
     }
     check_attention(**sound)
     with pytest.raises(UserError, match=message):

@@ -68,7 +68,7 @@ def test_rotary_frequencies_equal_transformers(name):
         expected = rotary.inv_freq
     else:
         expected, _ = ROPE_INIT_FUNCTIONS[name](oracle, torch.device("cpu"))
-    ours = inverse_frequencies(read_model_config(config).rope, 128)
+    ours = inverse_frequencies(read_model_config(config).ropes[0], 128)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from opt_deus_jax.models import loss
+from opt_deus_jax.models.model_config import LogitsConfig
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 2, 5, 6, 23
 
@@ -18,7 +19,7 @@ def inputs():
 
 
 def weighted_cross_entropy(*arguments) -> jax.Array:
-    return loss.weighted_cross_entropy(*arguments)  # pyright: ignore[reportReturnType]
+    return loss.weighted_cross_entropy(*arguments, LogitsConfig())  # pyright: ignore[reportReturnType]
 
 
 def plain(hidden, head, targets, weights):

@@ -33,5 +33,6 @@ def test_equals_the_reference(batch: int, length: int) -> None:
     )
     assert not allowed.all(axis=(0, 2)).any()
     expected = reference_attention(query, key, value, jnp.asarray(allowed))
-    found = tree_attention(query, key, value, jnp.asarray(ends_BT))
+    positions_BT = jnp.zeros((batch, length), jnp.int32)
+    found = tree_attention(query, key, value, jnp.asarray(ends_BT), positions_BT)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
