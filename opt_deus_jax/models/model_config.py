@@ -290,6 +290,8 @@ def grown_hf_config(hf_config: Mapping[str, Any], parents: Sequence[int]) -> dic
         ValueError: The architecture cannot say that its layers are of these kinds.
     """
     base = read_model_config(hf_config)
+    if list(parents) == list(range(base.num_layers)):
+        return dict(hf_config)
     grown = grown_layer_fields(hf_config, base.facts, base.layer_kinds, parents)
     wanted = tuple(base.layer_kinds[parent] for parent in parents)
     if read_model_config(grown).layer_kinds != wanted:
