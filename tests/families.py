@@ -1,6 +1,7 @@
 """Small random models of every family, made by transformers, with all that is special in it."""
 
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import transformers
 
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.checkpoints.source import CheckpointSource
+from tests.llama_checkpoints import source_of
 
 _SIZES = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
@@ -19,6 +21,7 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
 FULL, SLIDING = "full_attention", "sliding_attention"
 # By the name of a variant, which begins with the family's.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
     "mistral": {"sliding_window": 5, "head_dim": 16, "rms_norm_eps": 1e-3},
     "mistral yarn": {"sliding_window": None, "rope_parameters": _YARN | {"rope_theta": 1e4}},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
@@ -77,6 +80,14 @@ def write(variant: str, directory: Path) -> CheckpointSource:
     """The same model, as transformers saves it and this project opens it."""
     oracle(variant).save_pretrained(directory)
     return open_checkpoint(str(directory))
+
+
+@functools.cache
+def base(variant: str) -> CheckpointSource:
+    """The same, read into memory once."""
+    with tempfile.TemporaryDirectory() as directory:
+        source = write(variant, Path(directory))
+        return source_of(source.hf_config, {name: source.read(name) for name in source.tensors})
 
 
 def load(directory: Path) -> Any:

@@ -18,7 +18,7 @@ from opt_deus_jax.training.program import Program, make_program
 from opt_deus_jax.training.segments import invert_mask, select_trained
 from opt_deus_jax.training.step import initial_state
 from opt_deus_jax.training.weights import load_params
-from tests.families import VARIANTS, oracle, write
+from tests.families import VARIANTS, base, oracle
 from tests.llama_checkpoints import source_of, tokens
 from tests.training.stacking import tensors_of
 
@@ -28,13 +28,15 @@ EXPERIMENT = Experiment(
     optimizer=OptimizerConfig(clip_norm=1e9, warmup_steps=0),
     training=TrainingConfig(steps=4, batch_size=2),
 )
+ZEROED = {"output_kernel": 0.0, "down_kernel": 0.0}
 TRAINED = [variant for variant in VARIANTS if " " not in variant]
 # Of four layers, this one counts as new.
 NEW = 2
 
 
-def program_of(source) -> Program:
-    config = read_model_config(source.hf_config)
+@functools.cache
+def program_of(variant) -> Program:
+    config = read_model_config(base(variant).hf_config)
     trained = select_trained(config, [depth == NEW for depth in range(4)], "new")
     return make_program(EXPERIMENT, config, trained, jax.devices()[:1])
 
@@ -73,20 +75,26 @@ def by_torch(variant, source):
     return loss.item(), split_fused(source_of(source.hf_config, gradients), config)
 
 
-def at_identity(source):
-    """The same model, its new layer made the identity."""
-    config = read_model_config(source.hf_config)
+def with_constants(source, values):
+    """The same model, but parameters of its new layer all of one value."""
+    specs = block_specs(read_model_config(source.hf_config))
     tensors = {name: source.read(name) for name in source.tensors}
-    for name, value in identity_values(config).items():
-        hf_name = block_specs(config)[name].hf_name.format(layer=NEW)
+    for name, value in values.items():
+        hf_name = specs[name].hf_name.format(layer=NEW)
         tensors[hf_name] = np.full_like(tensors[hf_name], value)
     return source_of(source.hf_config, tensors)
 
 
+def gradient_norm(variant, values):
+    """That of the first step."""
+    source = with_constants(base(variant), values)
+    _, gradients, _, _ = one_step(program_of(variant), source)
+    return np.sqrt(sum(np.sum(gradient**2) for gradient in gradients.values()))
+
+
 @pytest.mark.parametrize("variant", TRAINED)
-def test_loss_and_gradients_are_torchs_and_only_new_layers_move(tmp_path, variant):
-    source = write(variant, tmp_path / "base")
-    program = program_of(source)
+def test_loss_and_gradients_are_torchs_and_only_new_layers_move(variant):
+    source, program = base(variant), program_of(variant)
     loss, gradients, before, after = one_step(program, source)
     expected_loss, expected = by_torch(variant, source)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
@@ -100,8 +108,20 @@ def test_loss_and_gradients_are_torchs_and_only_new_layers_move(tmp_path, varian
         assert not np.array_equal(before[name], after[name])
         assert np.array_equal(before[name], source.read(name))
     # The same program, begun at the identity: only what makes it one has a gradient.
-    _, gradients, before, after = one_step(program, at_identity(source))
+    values = identity_values(program.config)
+    _, gradients, before, after = one_step(program, with_constants(source, values))
     specs = block_specs(program.config)
-    moving = {specs[name].hf_name.format(layer=NEW) for name in identity_values(program.config)}
+    moving = {specs[name].hf_name.format(layer=NEW) for name in values}
     assert {name for name in names if np.any(gradients[name])} == moving
     assert {name for name in names if not np.array_equal(before[name], after[name])} == moving
+
+
+@pytest.mark.parametrize("variant", ["olmo2", "gemma2", "gemma3_text"])
+def test_first_gradients_through_a_norm_are_of_the_size_of_a_llamas(variant):
+    of_llama = gradient_norm("llama", ZEROED)
+    values = identity_values(program_of(variant).config)
+    assert values.keys() == {"attention_output_norm", "mlp_output_norm"}
+    assert 0.1 < gradient_norm(variant, values) / of_llama < 1
+    # What zeroed kernels would give: a norm at zero multiplies by 1 / sqrt(epsilon), here 1000.
+    kernels = ZEROED | {"output_bias": 0.0} if variant == "olmo2" else ZEROED
+    assert gradient_norm(variant, kernels) / of_llama > 300
