@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.models.params import OUTPUT_BIASES, OUTPUT_KERNELS, block_specs
+from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.transport.assignment import solve_assignment
 from opt_deus_jax.transport.diagnostics import MatrixReport, report
 from opt_deus_jax.transport.sinkhorn import (
@@ -105,13 +105,35 @@ def align(
     return Aligned(coupling, map_MN, _average(map_MN, previous_MD, next_ND))
 
 
+def _is_norm(name: str) -> bool:
+    return name.endswith("_norm")
+
+
+def _shifted(block: Mapping[str, Array], offset: float) -> dict[str, Array]:
+    """Scales of norms as they are applied, or with the negative offset as they are stored."""
+    if not offset:
+        return dict(block)
+    return {name: value + offset if _is_norm(name) else value for name, value in block.items()}
+
+
 def _transport(
-    previous: Block, next_: Block, *, transport: str, epsilon: float | None, zero_init: bool
+    previous: Block,
+    next_: Block,
+    *,
+    transport: str,
+    epsilon: float | None,
+    norm_offset: float,
+    needs_down: bool,
 ) -> Fused:
-    """OpT-DeUS, in the order of its authors' code (Cao et al. 2025; DESIGN, section 2)."""
-    a = {name: jnp.asarray(value) for name, value in previous.items()}
-    b = {name: jnp.asarray(value) for name, value in next_.items()}
-    fused = {"input_norm": (a["input_norm"] + b["input_norm"]) / 2}
+    """OpT-DeUS, in the order of its authors' code (Cao et al. 2025; DESIGN, section 2).
+
+    Norms that Llama does not have are averaged; those of whole projections follow their rows.
+    """
+    a, b = (
+        _shifted({name: jnp.asarray(value) for name, value in block.items()}, norm_offset)
+        for block in (previous, next_)
+    )
+    fused = {name: (a[name] + b[name]) / 2 for name in a if _is_norm(name)}
     reports: list[MatrixReport] = []
     maps: dict[str, Array] = {}
 
@@ -126,22 +148,23 @@ def _transport(
         maps[name] = aligned.map_MN
         fused[f"{name}_kernel"] = aligned.fused_ND
         reports.append(report(name, aligned.coupling, aligned.fused_ND, kernel_a, kernel_b))
-        if f"{name}_bias" in a:
-            columns = (a[f"{name}_bias"][:, None], b[f"{name}_bias"][:, None])
-            fused[f"{name}_bias"] = _average(aligned.map_MN, *columns)[:, 0]
+        for row_name in (f"{name}_bias", f"{name}_norm"):
+            if row_name in a and a[row_name].size == kernel_a.shape[0]:
+                columns = (a[row_name][:, None], b[row_name][:, None])
+                fused[row_name] = _average(aligned.map_MN, *columns)[:, 0]
 
     for name in ("query", "key", "value", "output"):
         fuse(name, a[f"{name}_kernel"])
     output_map = maps["output"]
-    moved_norm = _move_columns(a["post_attention_norm"][None], output_map)[0]
-    norm_a = (moved_norm + a["post_attention_norm"]) / 2
-    fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
+    if "post_attention_norm" in a:
+        moved_norm = _move_columns(a["post_attention_norm"][None], output_map)[0]
+        norm_a = (moved_norm + a["post_attention_norm"]) / 2
+        fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
     for name in ("gate", "up"):
         fuse(name, _move_columns(a[f"{name}_kernel"], output_map))
-    # Zeroed afterwards, so its plan, on the widest matrix, would be thrown away.
-    if not zero_init:
+    if needs_down:
         fuse("down", a["down_kernel"])
-    block = {name: np.asarray(value) for name, value in fused.items()}
+    block = {name: np.asarray(value) for name, value in _shifted(fused, -norm_offset).items()}
     return Fused(block, tuple(reports), {name: np.asarray(m) for name, m in maps.items()})
 
 
@@ -158,7 +181,7 @@ def _random_block(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 def _halved(block: Block) -> dict[str, np.ndarray]:
     # Norms are kept: the authors' fused norms are near the parents' mean, only kernels are halved.
-    return {k: v if k.endswith("_norm") else v / 2 for k, v in block.items()}
+    return {k: v if _is_norm(k) else v / 2 for k, v in block.items()}
 
 
 def fuse_blocks(
@@ -180,7 +203,7 @@ def fuse_blocks(
         config: The network.
         weights: transport, average, copy_previous, copy_next, half_next (B's kernels and biases
             halved, its norms kept) or random (N(0, 0.02), norms 1).
-        zero_init: Set the output and down kernels, and their biases, to zero.
+        zero_init: Make the block the identity, by `identity_values`.
         transport: For `transport`: reference, barycentric or assignment.
         epsilon: For `transport`: entropy; None takes the transport's own.
         seed: For `random`; give each new layer its own.
@@ -191,11 +214,17 @@ def fuse_blocks(
     Raises:
         ValueError: `weights` is not one of the names above.
     """
-    fused = Fused({}, (), {})
+    fused, fixed = Fused({}, (), {}), identity_values(config) if zero_init else {}
     block: dict[str, np.ndarray]
     if weights == "transport":
         fused = _transport(
-            previous, next_, transport=transport, epsilon=epsilon, zero_init=zero_init
+            previous,
+            next_,
+            transport=transport,
+            epsilon=epsilon,
+            norm_offset=config.norm.offset,
+            # Where it is zeroed its plan, on the widest matrix, would be thrown away.
+            needs_down="down_kernel" not in fixed,
         )
         block = fused.block
     elif weights == "average":
@@ -210,8 +239,6 @@ def fuse_blocks(
         block = _random_block(config, seed)
     else:
         raise ValueError(f"weights={weights!r} is not a way to make a new block")
-    if zero_init:
-        for name, spec in block_specs(config).items():
-            if name in OUTPUT_KERNELS + OUTPUT_BIASES:
-                block[name] = np.zeros(spec.shape, np.float32)
+    specs = block_specs(config)
+    block |= {k: np.full(specs[k].shape, value, np.float32) for k, value in fixed.items()}
     return fused._replace(block=block)

@@ -1,11 +1,12 @@
 """The published methods and the controls, as presets over four independent choices."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from opt_deus_jax.checkpoints.manifest import Manifest
 from opt_deus_jax.config import AS_PUBLISHED, UpscaleConfig
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
+from opt_deus_jax.upscaling.layout import LayerOrigin, parents_of, plan_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,20 @@ def resolve_method(config: UpscaleConfig) -> Method:
     if config.epsilon is not None and config.epsilon <= 0:
         raise UserError(f"config field upscale.epsilon={config.epsilon}: must be positive")
     return method
+
+
+def layer_parents(method: Method, layers: Sequence[LayerOrigin]) -> tuple[int, ...]:
+    """The base layer whose kind and dtype each layer of the grown model has.
+
+    Args:
+        method: How new layers are made.
+        layers: From `plan_layers`.
+
+    Returns:
+        For a copy the layer that it is a copy of; for other new layers the one above, onto whose
+        neurons transport moves those of the one below.
+    """
+    return parents_of(layers, prefer_previous=method.weights == "copy_previous")
 
 
 def plan_layers(

@@ -273,7 +273,7 @@ def test_random_is_normal_with_deviation_002_and_of_its_seed():
     "weights", ["transport", "average", "copy_previous", "copy_next", "half_next", "random"]
 )
 def test_zero_init_zeroes_both_outputs_and_leaves_the_rest_and_the_parents(weights):
-    config = dataclasses.replace(square(32), attention_bias=True, mlp_bias=True)
+    config = dataclasses.replace(square(32), qkv_bias=True, output_bias=True, mlp_bias=True)
     a, b = random_block(config, 0, 0.1), random_block(config, 1, 0.1)
     kept = {name: array.copy() for name, array in (a | b).items()}
     full, zeroed = (
