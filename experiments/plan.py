@@ -46,6 +46,7 @@ def main() -> None:
         layer_table(
             layers,
             trained.blocks,
+            grown.layer_kinds,
             f"{name}: {model.num_layers} -> {len(layers)} layers, {upscale.method}, "
             f"layout {method.layout}",
         ),

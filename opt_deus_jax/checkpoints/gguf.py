@@ -1,5 +1,6 @@
-"""Reads GGUF files of the Llama architecture as if they were Hugging Face checkpoints."""
+"""Reads GGUF files of Llama and Gemma 3 as if they were Hugging Face checkpoints."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -11,14 +12,12 @@ import gguf.quants
 import ml_dtypes
 import numpy as np
 
-from opt_deus_jax.checkpoints.gguf_tokenizer import (
-    ANOTHER_WAY,
-    required,
-    special_token_ids,
-    tokenizer_side_files,
-)
+from opt_deus_jax.checkpoints.gguf_fields import ANOTHER_WAY, required
+from opt_deus_jax.checkpoints.gguf_tokenizer import special_token_ids, tokenizer_side_files
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.models.params import named_tensors
 
 _Type = gguf.GGMLQuantizationType
 _OWN_DTYPES = {
@@ -26,14 +25,14 @@ _OWN_DTYPES = {
     _Type.F16: np.dtype(np.float16),
     _Type.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-_QUANTIZED = (_Type.Q8_0, _Type.Q4_0, _Type.Q4_1, _Type.Q4_K, _Type.Q6_K)
+_QUANTIZED = (_Type.Q8_0, _Type.Q4_0, _Type.Q4_1, _Type.Q5_0, _Type.Q4_K, _Type.Q6_K)
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK_NAMES = {
+_LLAMA_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -46,11 +45,54 @@ _BLOCK_NAMES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Architecture:
+    """How llama.cpp stores an architecture.
+
+    Attributes:
+        model_type: That of its config.json.
+        class_name: transformers' class.
+        block_names: Hugging Face names of the tensors of a block by GGUF's.
+        has_pairs: Whether the rows of queries and keys are in the order of rotary pairs.
+        norm_offset: What has been added to the scales of norms.
+    """
+
+    model_type: str
+    class_name: str
+    block_names: Mapping[str, str]
+    has_pairs: bool
+    norm_offset: float
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("llama", "LlamaForCausalLM", _LLAMA_NAMES, True, 0.0),
+    "gemma3": _Architecture(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        {
+            **_LLAMA_NAMES,
+            "attn_q_norm": "self_attn.q_norm",
+            "attn_k_norm": "self_attn.k_norm",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        has_pairs=False,
+        norm_offset=1.0,
+    ),
+}
+# Layers of a period of Gemma 3, of which the last has no window; in no field of older files.
+_GEMMA_PERIOD = 6
+# The one size whose queries are not scaled by the size of a head, known by its depth.
+_GEMMA_27B_LAYERS = 62
+
+
 def open_gguf(path: pathlib.Path) -> CheckpointSource:
-    """Opens a GGUF file of the Llama architecture.
+    """Opens a GGUF file of one of the supported architectures.
 
     The file is memory-mapped; a tensor is dequantised when it is read. Quantised tensors become
-    float32, the others keep their dtype. llama.cpp's order of query and key rows is undone.
+    float32, the others keep their dtype. llama.cpp's order of query and key rows, and what it adds
+    to the scales of norms, is undone.
 
     Args:
         path: The .gguf file.
@@ -63,8 +105,8 @@ def open_gguf(path: pathlib.Path) -> CheckpointSource:
             rotary scaling or tokenizer that is not supported.
     """
     reader, metadata = _open_reader(path)
-    _check_supported(reader, metadata, path)
-    stored = _by_hf_name(reader.tensors, path)
+    architecture = _check_supported(reader, metadata, path)
+    stored = _by_hf_name(reader.tensors, architecture, path)
     hf_config = _hf_config(metadata, stored, path)
     tensors = {
         name: TensorInfo(
@@ -78,7 +120,7 @@ def open_gguf(path: pathlib.Path) -> CheckpointSource:
         name=str(path),
         hf_config=hf_config,
         tensors=tensors,
-        read=functools.partial(_read, stored, tensors, hf_config),
+        read=functools.partial(_read, stored, tensors, architecture, hf_config),
         side_files=tokenizer_side_files(metadata, path),
     )
 
@@ -100,12 +142,12 @@ def _open_reader(path: pathlib.Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
 
 def _check_supported(
     reader: gguf.GGUFReader, metadata: Mapping[str, Any], path: pathlib.Path
-) -> None:
+) -> _Architecture:
     architecture = required(metadata, "general.architecture", str, path)
-    if architecture != "llama":
+    if architecture not in _ARCHITECTURES:
         raise UserError(
-            f"{path}: its architecture is {architecture!r}; only 'llama' is read from GGUF: "
-            f"{ANOTHER_WAY}"
+            f"{path}: its architecture is {architecture!r}; only {', '.join(_ARCHITECTURES)} are "
+            f"read from GGUF: {ANOTHER_WAY}"
         )
     if reader.byte_order != "I":
         raise UserError(
@@ -116,10 +158,10 @@ def _check_supported(
             f"{path}: one of {metadata['split.count']} parts of a model; join them with "
             "llama-gguf-split --merge"
         )
-    if metadata.get("llama.expert_count", 0) > 0:
+    experts = metadata.get(f"{architecture}.expert_count", 0)
+    if experts > 0:
         raise UserError(
-            f"{path}: a mixture of {metadata['llama.expert_count']} experts, which is not read "
-            f"from GGUF: {ANOTHER_WAY}"
+            f"{path}: a mixture of {experts} experts, which is not read from GGUF: {ANOTHER_WAY}"
         )
     for tensor in reader.tensors:
         if tensor.tensor_type not in (*_OWN_DTYPES, *_QUANTIZED):
@@ -128,18 +170,19 @@ def _check_supported(
                 f"{path}: tensor {tensor.name} is of type {tensor.tensor_type.name}, which is not "
                 f"one of {supported}; take a file quantised to one of these"
             )
+    return _ARCHITECTURES[architecture]
 
 
-def _hf_name(name: str) -> str | None:
-    """Hugging Face name of a GGUF tensor, None for a tensor that Llama does not have."""
+def _hf_name(name: str, block_names: Mapping[str, str]) -> str | None:
+    """Hugging Face name of a GGUF tensor, None for a tensor that the architecture does not have."""
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in _BLOCK_NAMES:
+    if match is None or match[2] not in block_names:
         return _GLOBAL_NAMES.get(name)
-    return f"model.layers.{int(match[1])}.{_BLOCK_NAMES[match[2]]}.{match[3]}"
+    return f"model.layers.{int(match[1])}.{block_names[match[2]]}.{match[3]}"
 
 
 def _by_hf_name(
-    tensors: list[gguf.ReaderTensor], path: pathlib.Path
+    tensors: list[gguf.ReaderTensor], architecture: _Architecture, path: pathlib.Path
 ) -> dict[str, gguf.ReaderTensor]:
     stored = {}
     for tensor in tensors:
@@ -148,10 +191,11 @@ def _by_hf_name(
                 f"{path}: tensor rope_freqs.weight holds the llama3 rotary scaling, whose settings "
                 f"a GGUF file does not name: {ANOTHER_WAY}"
             )
-        name = _hf_name(tensor.name)
+        name = _hf_name(tensor.name, architecture.block_names)
         if name is None:
             raise UserError(
-                f"{path}: tensor {tensor.name} has no place in a Llama model: {ANOTHER_WAY}"
+                f"{path}: tensor {tensor.name} has no place in a {architecture.class_name}: "
+                f"{ANOTHER_WAY}"
             )
         stored[name] = tensor
     return stored
@@ -160,36 +204,39 @@ def _by_hf_name(
 def _hf_config(
     metadata: Mapping[str, Any], stored: Mapping[str, Any], path: pathlib.Path
 ) -> dict[str, Any]:
+    name = metadata["general.architecture"]
+    architecture = _ARCHITECTURES[name]
+
     def integer(key: str) -> int:
-        return required(metadata, f"llama.{key}", int, path)
+        return required(metadata, f"{name}.{key}", int, path)
 
     def optional(key: str, default: Any) -> Any:
         # A key that is there is checked like a required one.
-        full_key = f"llama.{key}"
+        full_key = f"{name}.{key}"
         if full_key not in metadata:
             return default
         return required(metadata, full_key, type(default), path)
 
     heads = integer("attention.head_count")
     hidden_size = integer("embedding_length")
-    if heads < 1 or (hidden_size % heads and "llama.attention.key_length" not in metadata):
+    if heads < 1 or (hidden_size % heads and f"{name}.attention.key_length" not in metadata):
         raise UserError(
-            f"{path}: llama.embedding_length {hidden_size} is not a multiple of "
-            f"llama.attention.head_count {heads}; download the file again"
+            f"{path}: {name}.embedding_length {hidden_size} is not a multiple of "
+            f"{name}.attention.head_count {heads}; download the file again"
         )
     head_dim = optional("attention.key_length", hidden_size // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if optional(key, head_dim) != head_dim:
             raise UserError(
-                f"{path}: llama.{key} is {metadata[f'llama.{key}']}, but the heads are {head_dim} "
-                f"wide; Llama in Hugging Face has no such setting: {ANOTHER_WAY}"
+                f"{path}: {name}.{key} is {metadata[f'{name}.{key}']}, but the heads are "
+                f"{head_dim} wide; Hugging Face has no such setting: {ANOTHER_WAY}"
             )
-    epsilon = required(metadata, "llama.attention.layer_norm_rms_epsilon", float, path)
+    epsilon = required(metadata, f"{name}.attention.layer_norm_rms_epsilon", float, path)
     ids = special_token_ids(metadata, path)
     vocabulary = len(required(metadata, "tokenizer.ggml.tokens", list, path))
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
         "hidden_size": hidden_size,
         "intermediate_size": integer("feed_forward_length"),
         "num_hidden_layers": integer("block_count"),
@@ -199,35 +246,72 @@ def _hf_config(
         "vocab_size": optional("vocab_size", vocabulary),
         "max_position_embeddings": integer("context_length"),
         "rms_norm_eps": _shortest(epsilon),
-        # llama.cpp takes 10000 where the key is absent.
+        # What llama.cpp takes where the key is absent.
         "rope_theta": _shortest(optional("rope.freq_base", 10000.0)),
         "rope_scaling": _rope_scaling(metadata, path),
         "tie_word_embeddings": "lm_head.weight" not in stored,
         "bos_token_id": ids["bos_token"],
         "eos_token_id": ids["eos_token"],
         "pad_token_id": ids["pad_token"],
-        "hidden_act": "silu",
         "attention_bias": any(name.endswith("_proj.bias") for name in stored if "attn" in name),
         "attention_dropout": 0.0,
-        "mlp_bias": any(name.endswith("_proj.bias") for name in stored if "mlp" in name),
         "initializer_range": 0.02,
         "dtype": "float32",
         "use_cache": True,
+        **(_gemma_fields if name == "gemma3" else _llama_fields)(metadata, stored, path),
+    }
+
+
+def _llama_fields(
+    metadata: Mapping[str, Any], stored: Mapping[str, Any], path: pathlib.Path
+) -> dict[str, Any]:
+    return {
+        "hidden_act": "silu",
+        "mlp_bias": any(name.endswith("_proj.bias") for name in stored if "mlp" in name),
+    }
+
+
+def _gemma_fields(
+    metadata: Mapping[str, Any], stored: Mapping[str, Any], path: pathlib.Path
+) -> dict[str, Any]:
+    period = metadata.get("gemma3.attention.sliding_window_pattern", _GEMMA_PERIOD)
+    caps = [key for key in metadata if key.endswith("logit_softcapping")]
+    if period != _GEMMA_PERIOD or caps:
+        key = caps[0] if caps else "gemma3.attention.sliding_window_pattern"
+        raise UserError(
+            f"{path}: {key} is {metadata[key]}, which no published Gemma 3 has: {ANOTHER_WAY}"
+        )
+    layers = required(metadata, "gemma3.block_count", int, path)
+    scalar = required(metadata, "gemma3.attention.key_length", int, path)
+    if layers == _GEMMA_27B_LAYERS:
+        scalar = metadata["gemma3.embedding_length"] // metadata["gemma3.attention.head_count"]
+    window = required(metadata, "gemma3.attention.sliding_window", int, path)
+    local_base = metadata.get("gemma3.rope.freq_base_swa", 10000.0)
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "rope_local_base_freq": _shortest(local_base),
+        "sliding_window": window,
+        "layer_types": [
+            "sliding_attention" if (depth + 1) % _GEMMA_PERIOD else "full_attention"
+            for depth in range(layers)
+        ],
     }
 
 
 def _rope_scaling(metadata: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any] | None:
     # The second key is how files of 2023 say it.
-    factor_keys = ("llama.rope.scaling.factor", "llama.rope.scale_linear")
+    name = metadata["general.architecture"]
+    factor_keys = (f"{name}.rope.scaling.factor", f"{name}.rope.scale_linear")
     factor_key = next((key for key in factor_keys if key in metadata), None)
-    kind = metadata.get("llama.rope.scaling.type", "linear" if factor_key else "none")
+    kind = metadata.get(f"{name}.rope.scaling.type", "linear" if factor_key else "none")
     if kind == "none":
         return None
     if kind == "linear":
         factor = required(metadata, factor_key or factor_keys[0], float, path)
         return {"rope_type": "linear", "factor": _shortest(factor)}
     raise UserError(
-        f"{path}: llama.rope.scaling.type is {kind!r}; only 'linear' is read from GGUF: "
+        f"{path}: {name}.rope.scaling.type is {kind!r}; only 'linear' is read from GGUF: "
         f"{ANOTHER_WAY}"
     )
 
@@ -238,41 +322,11 @@ def _shortest(value: float) -> float:
     return float(str(single)) if float(single) == value else value
 
 
-def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
-    wide = config["intermediate_size"]
-    linears = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocabulary, hidden)
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        for name, shape in linears.items():
-            shapes[f"{prefix}.{name}.weight"] = shape
-            if config["mlp_bias" if name.startswith("mlp") else "attention_bias"]:
-                shapes[f"{prefix}.{name}.bias"] = shape[:1]
-    return shapes
-
-
 def _check_tensors(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], path: pathlib.Path
 ) -> None:
-    expected = _expected_shapes(config)
+    model = read_model_config(config, str(path))
+    expected = {name: spec.shape for name, spec in named_tensors(model, model.num_layers)}
     missing = sorted(expected.keys() - tensors.keys())
     extra = sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -291,6 +345,7 @@ def _check_tensors(
 def _read(
     stored: Mapping[str, gguf.ReaderTensor],
     tensors: Mapping[str, TensorInfo],
+    architecture: _Architecture,
     config: Mapping[str, Any],
     name: str,
 ) -> np.ndarray:
@@ -301,6 +356,10 @@ def _read(
         # A copy, since a view would keep the mapped file open and read-only.
         values = np.array(tensor.data, subok=False).view(info.dtype)
     values = values.reshape(info.shape)
+    if architecture.norm_offset and name.endswith("norm.weight"):
+        return values - values.dtype.type(architecture.norm_offset)
+    if not architecture.has_pairs:
+        return values
     if ".q_proj." in name:
         return _undo_rotary_order(values, config["num_attention_heads"])
     if ".k_proj." in name:

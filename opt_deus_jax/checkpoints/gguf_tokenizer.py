@@ -9,10 +9,16 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from opt_deus_jax.checkpoints.gguf_fields import (
+    ANOTHER_WAY,
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    required,
+    vocabulary_of,
+)
+from opt_deus_jax.checkpoints.gguf_sentencepiece import gemma_tokenizer
 from opt_deus_jax.errors import UserError
-
-# llama.cpp's token types. It matches all but normal tokens whole in the text.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 _CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _PUNCTUATION_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,28 +65,6 @@ _SPECIAL_TOKEN_KEYS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-ANOTHER_WAY = "use the model's Hugging Face directory (config.json, safetensors) instead"
-
-
-def required(metadata: Mapping[str, Any], key: str, kind: type, path: pathlib.Path) -> Any:
-    """Takes one metadata value that the file must have.
-
-    Raises:
-        UserError: The key is absent or its value is not of that kind.
-    """
-    if key not in metadata:
-        raise UserError(
-            f"{path}: the GGUF metadata has no {key}; download a complete file, or convert the "
-            "model again with a current llama.cpp"
-        )
-    value = metadata[key]
-    # bool is a subclass of int.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(
-            f"{path}: GGUF metadata {key} is {_shortened(value)}, not one {kind.__name__}; "
-            f"{ANOTHER_WAY}"
-        )
-    return value
 
 
 def special_token_ids(metadata: Mapping[str, Any], path: pathlib.Path) -> dict[str, int | None]:
@@ -115,7 +99,10 @@ def tokenizer_side_files(metadata: Mapping[str, Any], path: pathlib.Path) -> dic
     Raises:
         UserError: The tokenizer is of a kind that is not supported, or its metadata is broken.
     """
-    rules = _rules(metadata, path)
+    architecture = required(metadata, "general.architecture", str, path)
+    # What surrounds the vocabulary is a matter of the architecture, and of no field.
+    is_gemma = architecture.startswith("gemma")
+    rules = _BytePairRules(adds_bos=True) if is_gemma else _rules(metadata, path)
     tokens = required(metadata, "tokenizer.ggml.tokens", list, path)
     ids = special_token_ids(metadata, path)
     special_tokens = {token: tokens[index] for token, index in ids.items() if index is not None}
@@ -135,7 +122,7 @@ def tokenizer_side_files(metadata: Mapping[str, Any], path: pathlib.Path) -> dic
         "add_eos_token": adds["eos_token"],
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": required(metadata, "llama.context_length", int, path),
+        "model_max_length": required(metadata, f"{architecture}.context_length", int, path),
         **special_tokens,
     }
     if "tokenizer.chat_template" in metadata:
@@ -145,7 +132,10 @@ def tokenizer_side_files(metadata: Mapping[str, Any], path: pathlib.Path) -> dic
         for name in ("bos", "eos", "pad")
         if ids[f"{name}_token"] is not None
     }
-    backend = _byte_pair_tokenizer(metadata, rules, path)
+    if is_gemma:
+        backend = gemma_tokenizer(metadata, path)
+    else:
+        backend = _byte_pair_tokenizer(metadata, rules, path)
     bos, eos = (ids[token] if added else None for token, added in adds.items())
     backend.post_processor = _post_processor(tokens, bos, eos)
     return {
@@ -176,18 +166,11 @@ def _rules(metadata: Mapping[str, Any], path: pathlib.Path) -> _BytePairRules:
 def _byte_pair_tokenizer(
     metadata: Mapping[str, Any], rules: _BytePairRules, path: pathlib.Path
 ) -> tokenizers.Tokenizer:
-    tokens = required(metadata, "tokenizer.ggml.tokens", list, path)
-    types = required(metadata, "tokenizer.ggml.token_type", list, path)
+    tokens, types = vocabulary_of(metadata, path)
     merges = [
         tuple(merge.split(" ")) for merge in required(metadata, "tokenizer.ggml.merges", list, path)
     ]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens) or len(types) != len(tokens):
-        raise UserError(
-            f"{path}: {len(tokens)} tokens in the GGUF metadata, {len(vocabulary)} of them "
-            f"distinct, with {len(types)} token types: the numbers must agree; download the file "
-            "again"
-        )
     for pair in merges:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
             raise UserError(
@@ -202,10 +185,10 @@ def _byte_pair_tokenizer(
     backend.pre_tokenizer = _pre_tokenizer(rules)
     backend.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, types, strict=True):
-        added = tokenizers.AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
-        if kind in (_UNKNOWN, _CONTROL):
+        added = tokenizers.AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+        if kind in (UNKNOWN, CONTROL):
             backend.add_special_tokens([added])
-        elif kind == _USER_DEFINED:
+        elif kind == USER_DEFINED:
             backend.add_tokens([added])
     return backend
 
@@ -246,8 +229,3 @@ def _post_processor(
 
 def _json_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

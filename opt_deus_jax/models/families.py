@@ -93,6 +93,7 @@ class Family:
         fused: Kernels that checkpoints store as one, [a; b; ...], by the name of the whole.
         activation_field: The field that names the MLP's activation.
         layer_types: Types of the layers where config.json has no `layer_types`.
+        rope_kinds: The rotary embeddings that it may have, by their `rope_type`.
         has_local_rope: Whether sliding layers have a rotary embedding of their own.
         scales_embedding: Whether the embedding is multiplied by the root of the width.
     """
@@ -114,6 +115,7 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     activation_field: str = "hidden_act"
     layer_types: Callable[[Fields], Sequence[str]] = _all_full
+    rope_kinds: Sequence[str] = ("default", "linear", "llama3", "yarn")
     has_local_rope: bool = False
     scales_embedding: bool = False
 
@@ -192,8 +194,8 @@ _GEMMA2 = Family(
         "attn_logit_softcapping": 50.0,
     },
     fixed={"use_bidirectional_attention": (False, None)},
-    # Its published configs have two names of the activation; the network reads the other one.
-    inert=frozenset({"cache_implementation", "hidden_act"}),
+    # Published configs have a second name of the activation and of the window; neither is read.
+    inert=frozenset({"cache_implementation", "hidden_act", "sliding_window_size"}),
     activation_field="hidden_activation",
     norms={
         "input_norm": "input_layernorm",
@@ -272,7 +274,9 @@ FAMILIES: Mapping[str, Family] = {
             **{"mlp_bias": (False,), "lm_head_bias": (False,)},
             **{"full_attn_mod": (1,), "interpolate_factor": (1,)},
         },
-        # Of use to a rotary scaling that is refused.
+        # To transformers every scaling of a Phi-3 is longrope.
+        rope_kinds=("default",),
+        # Of use to that alone.
         inert=frozenset({"original_max_position_embeddings"}),
         fused={
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -176,7 +176,10 @@ def _read_sizes(fields: Fields, where: str) -> tuple[int, int, int]:
 
 def _read_ropes(fields: Fields, head_dim: int, where: str) -> tuple[RopeConfig, ...]:
     read = functools.partial(
-        read_rope, max_positions=int(fields["max_position_embeddings"]), where=where
+        read_rope,
+        kinds=FAMILIES[fields["model_type"]].rope_kinds,
+        max_positions=int(fields["max_position_embeddings"]),
+        where=where,
     )
     # transformers 5 writes one `rope_parameters`; before it, `rope_theta` and `rope_scaling`.
     given = fields["rope_parameters"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,13 +71,20 @@ def is_number(value: Any) -> bool:
 
 
 def read_rope(
-    given: Any, theta: Any, *, max_positions: int, fraction: Any = None, where: str
+    given: Any,
+    theta: Any,
+    *,
+    kinds: Sequence[str],
+    max_positions: int,
+    fraction: Any = None,
+    where: str,
 ) -> RopeConfig:
     """Translates one rotary embedding of a config.json, in the style of either transformers.
 
     Args:
         given: `rope_parameters`, or `rope_scaling` as written before transformers 5; may be None.
         theta: The base of the frequencies where `given` has none.
+        kinds: The kinds that the architecture may have.
         max_positions: The context of the network.
         fraction: Part of each head that is rotated where `given` does not say; None for an
             architecture that always rotates all of it.
@@ -98,10 +105,10 @@ def read_rope(
     kind = fields.pop("rope_type", fields.pop("type", "default"))
     fields.pop("type", None)
     fraction = 1.0 if fraction is None else fields.pop("partial_rotary_factor", fraction)
-    if kind not in _KEYS:
+    if kind not in kinds:
         raise UserError(
             f"{where}: rope type {kind!r} is not supported; use a checkpoint with one of "
-            f"{', '.join(_KEYS)}"
+            f"{', '.join(kinds)}"
         )
     truncate = fields.pop("truncate", True) if kind == "yarn" else True
     if not all(is_number(value) for value in (theta, fraction, *fields.values())):

@@ -6,24 +6,34 @@ from rich.console import Console
 from rich.table import Table
 
 from opt_deus_jax.models.accounting import Costs
+from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.identity import IdentityReport
 from opt_deus_jax.upscaling.layout import LayerOrigin
 
 
+def _kind(kind: LayerKind) -> str:
+    attention = "full" if kind.window is None else f"window {kind.window}"
+    return attention if kind.rope is not None else f"{attention}, not rotated"
+
+
 def layer_table(
-    layers: Sequence[LayerOrigin], trained: Sequence[frozenset[str]], title: str
+    layers: Sequence[LayerOrigin],
+    trained: Sequence[frozenset[str]],
+    kinds: Sequence[LayerKind],
+    title: str,
 ) -> Table:
     """A line per layer of the grown model: what it is, and whether any of it is trained."""
-    table = Table("depth", "layer", "parents", "", title=title)
-    for layer, names in zip(layers, trained, strict=True):
+    table = Table("depth", "layer", "parents", "attention", "", title=title)
+    for layer, names, kind in zip(layers, trained, kinds, strict=True):
         if layer.base_layer is not None:
-            kind, parents = f"base {layer.base_layer}", "copy" if layer.is_new else ""
+            origin, parents = f"base {layer.base_layer}", "copy" if layer.is_new else ""
         else:
             above = "none above" if layer.next is None else f"B = {layer.next}"
-            kind, parents = "[bold green]new[/]", f"A = {layer.previous}, {above}"
+            origin, parents = "[bold green]new[/]", f"A = {layer.previous}, {above}"
         table.add_row(
-            str(layer.depth), kind, parents, "[green]trained[/]" if names else "[dim]frozen[/]"
+            *(str(layer.depth), origin, parents, _kind(kind)),
+            "[green]trained[/]" if names else "[dim]frozen[/]",
         )
     return table
 

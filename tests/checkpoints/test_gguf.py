@@ -167,7 +167,10 @@ def oracle_tensors(path: pathlib.Path, hf_config: dict) -> dict[str, np.ndarray]
         (Type.F32, np.float32),
         (Type.F16, np.float16),
         (Type.BF16, ml_dtypes.bfloat16),
-        *[(kind, np.float32) for kind in (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q6_K)],
+        *[
+            (kind, np.float32)
+            for kind in (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q4_K, Type.Q6_K)
+        ],
     ],
 )
 def test_each_tensor_type_is_read_in_its_dtype(tmp_path, kind, dtype):
@@ -190,7 +193,7 @@ def test_each_tensor_type_is_read_in_its_dtype(tmp_path, kind, dtype):
 
 def test_a_file_of_every_type_equals_transformers(tmp_path):
     names = [name for name, shape in shapes().items() if len(shape) == 2]
-    kinds = [Type.Q4_0, Type.Q6_K, Type.Q4_1, Type.Q4_K, Type.Q8_0, Type.F16, Type.BF16]
+    kinds = [Type.Q4_0, Type.Q6_K, Type.Q4_1, Type.Q5_0, Type.Q4_K, Type.Q8_0, Type.F16, Type.BF16]
     types = {name: kinds[index % len(kinds)] for index, name in enumerate(names)}
     write_gguf(tmp_path / "m.gguf", types=types)
     source = open_gguf(tmp_path / "m.gguf")
@@ -293,7 +296,7 @@ def test_an_output_tensor_is_an_untied_head(tmp_path):
         ({"extra": {"tokenizer.ggml.merges": ["a bc d"]}}, "'a bc d'"),
         ({"extra": {"tokenizer.ggml.merges": ["<|im_end|> a"]}}, "does not join two tokens"),
         ({"extra": {"tokenizer.ggml.tokens": ["a"] * 400}}, "1 of them distinct"),
-        ({"types": {"blk.0.ffn_up.weight": Type.Q5_0}}, "blk.0.ffn_up.weight is of type Q5_0"),
+        ({"types": {"blk.0.ffn_up.weight": Type.Q5_1}}, "blk.0.ffn_up.weight is of type Q5_1"),
         ({"tensors": {"rope_freqs.weight": np.ones(32, np.float32)}}, "rope_freqs.weight"),
         ({"tensors": {"blk.0.attn_q_norm.weight": np.ones(64, np.float32)}}, "attn_q_norm"),
         ({"drop": ("blk.1.ffn_up.weight",)}, "missing .*model.layers.1.mlp.up_proj.weight"),

@@ -140,6 +140,11 @@ def test_a_copy_is_of_the_kind_of_its_original_and_others_of_that_above():
         ("granite", {"logits_scaling": 0}, "field logits_scaling=0 must be positive"),
         ("granite", {"residual_multiplier": "1"}, "field residual_multiplier='1' must be a number"),
         ("phi3", {"resid_pdrop": 0.1}, "field resid_pdrop=0.1 is not supported"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope type 'yarn' is not supported; use a checkpoint with one of default",
+        ),
         ("mistral", {"layer_types": [FULL] * 4}, "unknown field layer_types="),
         ("mistral", {"hidden_act": "relu"}, "hidden_act='relu' is not supported; .*one of silu"),
     ],
