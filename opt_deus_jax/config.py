@@ -31,7 +31,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "stack",
         "explicit",
     ),
-    "upscale.transport": ("reference", "barycentric", "assignment"),
+    "upscale.transport": ("reference", "barycentric", "assignment", "symmetric"),
+    "upscale.fusion": ("mean", "rescaled", "matched", "select"),
     "data.format": ("text", "alpaca", "messages"),
     "data.template": ("chat", "alpaca"),
     "optimizer.schedule": ("wsd", "cosine"),
@@ -52,10 +53,17 @@ class UpscaleConfig:
         layout: Where new layers go; `published` takes the layout of the method's paper.
         num_new_layers: How many layers are added.
         gaps: For `layout="explicit"` only: gap g lies between base layers g and g + 1.
-        transport: For transport fusion: reference, barycentric or assignment.
+        transport: How A's neurons are laid on B's before the two are fused: reference, barycentric,
+            assignment, or symmetric (only by maps that leave A's function unchanged).
         epsilon: Entropy of Sinkhorn; None takes the transport's own (0.06 absolute for
             `reference`, relative to the mean cost for `barycentric`).
+        fusion: How A, laid on B, is fused with B. `mean`; `rescaled`: the mean with every row
+            scaled to B's norm; for `transport="symmetric"` also `matched`: B's neuron or head mixed
+            with A's as far as they are alike, and `select`: half of the neurons and heads A's, the
+            others B's, all of them whole.
         zero_init: Whether o_proj and down_proj of new layers start at zero; None: as published.
+        output_scale: In place of `zero_init`: a factor on o_proj and down_proj of new layers; 0
+            zeroes them. Anything else gives up the identity.
         trained: `new`, `all`, `published`, or a regular expression: what it finds in the Hugging
             Face name of a tensor is trained.
         seed: Seed of the `random` method.
@@ -67,7 +75,9 @@ class UpscaleConfig:
     gaps: tuple[int, ...] = ()
     transport: str = "barycentric"
     epsilon: float | None = None
+    fusion: str = "mean"
     zero_init: bool | None = None
+    output_scale: float | None = None
     trained: str = AS_PUBLISHED
     seed: int = 0
 

@@ -1,7 +1,6 @@
 """Two adjacent blocks to one new block."""
 
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -20,22 +19,9 @@ from opt_deus_jax.transport.sinkhorn import (
     barycentric_map,
     solve_sinkhorn,
 )
-
-Block = Mapping[str, np.ndarray]
-
-
-class Fused(NamedTuple):
-    """A new block and what is known about its making.
-
-    Attributes:
-        block: float32 arrays by parameter name.
-        reports: One per matrix that was transported.
-        maps: For each of those, the map [m, n] that was applied (as map' W_A).
-    """
-
-    block: dict[str, np.ndarray]
-    reports: tuple[MatrixReport, ...]
-    maps: dict[str, np.ndarray]
+from opt_deus_jax.upscaling.blending import restore_rows
+from opt_deus_jax.upscaling.new_block import Block, Fused
+from opt_deus_jax.upscaling.symmetric import fuse_symmetric
 
 
 class Aligned(NamedTuple):
@@ -106,7 +92,13 @@ def align(
 
 
 def _transport(
-    previous: Block, next_: Block, *, transport: str, epsilon: float | None, zero_init: bool
+    previous: Block,
+    next_: Block,
+    *,
+    transport: str,
+    epsilon: float | None,
+    fusion: str,
+    zero_init: bool,
 ) -> Fused:
     """OpT-DeUS, in the order of its authors' code (Cao et al. 2025; DESIGN, section 2)."""
     a = {name: jnp.asarray(value) for name, value in previous.items()}
@@ -123,9 +115,12 @@ def _transport(
             transport=transport,
             epsilon=transport_epsilon(transport, epsilon),
         )
+        fused_kernel = aligned.fused_ND
+        if fusion == "rescaled":
+            fused_kernel = jnp.asarray(restore_rows(*map(np.asarray, (fused_kernel, kernel_b))))
         maps[name] = aligned.map_MN
-        fused[f"{name}_kernel"] = aligned.fused_ND
-        reports.append(report(name, aligned.coupling, aligned.fused_ND, kernel_a, kernel_b))
+        fused[f"{name}_kernel"] = fused_kernel
+        reports.append(report(name, aligned.coupling, fused_kernel, kernel_a, kernel_b))
         if f"{name}_bias" in a:
             columns = (a[f"{name}_bias"][:, None], b[f"{name}_bias"][:, None])
             fused[f"{name}_bias"] = _average(aligned.map_MN, *columns)[:, 0]
@@ -161,6 +156,27 @@ def _halved(block: Block) -> dict[str, np.ndarray]:
     return {k: v if k.endswith("_norm") else v / 2 for k, v in block.items()}
 
 
+def _averaged(previous: Block, next_: Block, fusion: str) -> dict[str, np.ndarray]:
+    block = {name: (previous[name] + next_[name]) / 2 for name in previous}
+    if fusion == "rescaled":
+        for name in (name for name in block if name.endswith("_kernel")):
+            block[name] = restore_rows(block[name], next_[name])
+    return block
+
+
+def _end_branches(
+    block: dict[str, np.ndarray], config: ModelConfig, zero_init: bool, output_scale: float
+) -> dict[str, np.ndarray]:
+    """Zeroes or scales what writes to the residual stream; the parents' arrays are not touched."""
+    outputs = (name for name in block_specs(config) if name in OUTPUT_KERNELS + OUTPUT_BIASES)
+    for name in outputs:
+        if zero_init:
+            block[name] = np.zeros(block_specs(config)[name].shape, np.float32)
+        elif output_scale != 1:
+            block[name] = block[name] * np.float32(output_scale)
+    return block
+
+
 def fuse_blocks(
     previous: Block,
     next_: Block,
@@ -170,6 +186,8 @@ def fuse_blocks(
     zero_init: bool,
     transport: str = "barycentric",
     epsilon: float | None = None,
+    fusion: str = "mean",
+    output_scale: float = 1.0,
     seed: int = 0,
 ) -> Fused:
     """Makes a new block from its parents.
@@ -181,37 +199,41 @@ def fuse_blocks(
         weights: transport, average, copy_previous, copy_next, half_next (B's kernels and biases
             halved, its norms kept) or random (N(0, 0.02), norms 1).
         zero_init: Set the output and down kernels, and their biases, to zero.
-        transport: For `transport`: reference, barycentric or assignment.
+        transport: For `transport`: reference, barycentric, assignment or symmetric.
         epsilon: For `transport`: entropy; None takes the transport's own.
+        fusion: For `transport` and `average`: how the two are mixed (`blending.FUSIONS`).
+        output_scale: Without `zero_init`: a factor on the output and down kernels and biases.
         seed: For `random`; give each new layer its own.
 
     Returns:
         The new block with every parameter of `block_specs`.
 
     Raises:
+        UserError: `symmetric` does not know all parameters of the block.
         ValueError: `weights` is not one of the names above.
     """
-    fused = Fused({}, (), {})
-    block: dict[str, np.ndarray]
-    if weights == "transport":
-        fused = _transport(
-            previous, next_, transport=transport, epsilon=epsilon, zero_init=zero_init
+    made = Fused({}, (), {})
+    if weights == "transport" and transport == "symmetric":
+        made = fuse_symmetric(previous, next_, config=config, fusion=fusion)
+    elif weights == "transport":
+        made = _transport(
+            previous,
+            next_,
+            transport=transport,
+            epsilon=epsilon,
+            fusion=fusion,
+            zero_init=zero_init,
         )
-        block = fused.block
     elif weights == "average":
-        block = {name: (previous[name] + next_[name]) / 2 for name in previous}
+        made = made._replace(block=_averaged(previous, next_, fusion))
     elif weights == "copy_previous":
-        block = dict(previous)
+        made = made._replace(block=dict(previous))
     elif weights == "copy_next":
-        block = dict(next_)
+        made = made._replace(block=dict(next_))
     elif weights == "half_next":
-        block = _halved(next_)
+        made = made._replace(block=_halved(next_))
     elif weights == "random":
-        block = _random_block(config, seed)
+        made = made._replace(block=_random_block(config, seed))
     else:
         raise ValueError(f"weights={weights!r} is not a way to make a new block")
-    if zero_init:
-        for name, spec in block_specs(config).items():
-            if name in OUTPUT_KERNELS + OUTPUT_BIASES:
-                block[name] = np.zeros(spec.shape, np.float32)
-    return fused._replace(block=block)
+    return made._replace(block=_end_branches(made.block, config, zero_init, output_scale))

@@ -15,6 +15,7 @@ from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
 from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
+from opt_deus_jax.upscaling.blending import FUSIONS
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.fusion import fuse_blocks
 from opt_deus_jax.upscaling.layout import plan_layout
@@ -97,8 +98,28 @@ def test_a_zero_initialised_model_computes_what_its_base_does(
         assert state[f"{prefix}mlp.gate_proj.weight"].any()
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_symmetric_fusion_from_a_config_to_a_picture(tmp_path, base, base_logits, fusion):
+    made = expand_checkpoint(
+        base,
+        UpscaleConfig(transport="symmetric", fusion=fusion, num_new_layers=2),
+        tmp_path / "grown",
+        probe_BT=tokens(),
+        max_shard_bytes=10**9,
+        draw=plot_diagnostics,
+    )
+    assert made.identity.bit_identical
+    logits = oracle_logits(load_directory(tmp_path / "grown"), tokens())
+    np.testing.assert_allclose(logits, base_logits, rtol=0, atol=1e-5)
+    assert (tmp_path / "grown" / PICTURE).read_bytes().startswith(b"\x89PNG")
+    gains = {d["name"]: d["match_gain"] for d in made.manifest.diagnostics if d["depth"] == 4}
+    assert gains.keys() >= {"heads", "neurons", "query", "up", "down"}
+    assert all(0 < gain < 1 for gain in gains.values())
+
+
 @pytest.mark.parametrize("fields", [
     {"method": "average", "num_new_layers": 3},
+    {"method": "copy_next", "num_new_layers": 3, "output_scale": 0.5},
     {"method": "solar", "num_new_layers": 4},
     {"method": "opt_deus", "num_new_layers": 3, "zero_init": False},
 ])  # fmt: skip
@@ -117,7 +138,10 @@ def test_the_distance_of_the_other_methods_is_reported(tmp_path, base, base_logi
     p, q = log_softmax(base_logits), log_softmax(grown)
     divergence = (np.exp(p) * (p - q)).sum(-1).mean()
     np.testing.assert_allclose(made.identity.mean_divergence, divergence, rtol=1e-3)
-    assert f"{divergence:.3f}" in (tmp_path / "grown" / "README.md").read_text()
+    assert (
+        f"{made.identity.mean_divergence:.4f} nats"
+        in (tmp_path / "grown" / "README.md").read_text()
+    )
 
 
 def test_every_tensor_is_where_the_layout_puts_it(tmp_path, base):
@@ -207,7 +231,8 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
     assert manifest.method == "opt_deus"
     assert manifest.options == {
         **{"layout": "top", "weights": "transport", "zero_init": True, "trained": "new"},
-        **{"num_new_layers": 2, "transport": "barycentric", "epsilon": 0.01},
+        **{"output_scale": 1.0, "num_new_layers": 2, "transport": "barycentric", "epsilon": 0.01},
+        "fusion": "mean",
     }
     assert manifest.trained == "new"
     assert manifest.layers == tuple(dataclasses.asdict(o) for o in plan_layout("top", 6, 2))
@@ -233,6 +258,8 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
     [
         ({"transport": "reference", "epsilon": 0.1}, {"transport": "reference", "epsilon": 0.1}),
         ({"transport": "assignment"}, {"transport": "assignment"}),
+        ({"transport": "symmetric"}, {"transport": "symmetric", "fusion": "mean"}),
+        ({"method": "average", "fusion": "rescaled"}, {"fusion": "rescaled"}),
         ({"method": "copy_next", "trained": "all"}, {"trained": "all"}),
         ({"method": "random", "seed": 7}, {"seed": 7}),
     ],
@@ -241,7 +268,8 @@ def test_options_that_had_an_effect_are_in_the_manifest(tmp_path, base, fields, 
     made = expand(base, tmp_path / "grown", num_new_layers=1, **fields)
     assert made.manifest.options.items() >= options.items()
     assert made.manifest.options.keys() & {"transport", "epsilon", "seed"} == options.keys() - {
-        "trained"
+        "trained",
+        "fusion",
     }
     assert made.manifest.trained == options.get("trained", "new")
 

@@ -1,0 +1,92 @@
+"""A block as rows, one for each feature: what symmetries of the network permute and turn.
+
+Norms are folded into the kernels that read behind them, so that rows of two blocks mean the same;
+biases are a last column, since they see an input of one; output kernels are transposed.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.upscaling.new_block import Block
+
+# Rows of an attention head, and of a neuron, with the norm that each matrix reads behind.
+HEAD_MATRICES = ("query", "key", "value", "output")
+NEURON_MATRICES = ("gate", "up", "down")
+_NORM_OF = {
+    **dict.fromkeys(("query", "key", "value"), "input_norm"),
+    **dict.fromkeys(("gate", "up"), "post_attention_norm"),
+}
+NORMS = ("input_norm", "post_attention_norm")
+_OUTPUTS = ("output", "down")
+
+Features = Mapping[str, Float[np.ndarray, "n d"]]
+
+
+def check_parameters(block: Block) -> None:
+    """Refuses a block whose symmetries are not known here.
+
+    Args:
+        block: Arrays by parameter name.
+
+    Raises:
+        UserError: It has a parameter that a permutation or rotation of features might not leave
+            alone.
+    """
+    known = {f"{name}_{kind}" for name in (*_NORM_OF, *_OUTPUTS) for kind in ("kernel", "bias")}
+    unknown = sorted(block.keys() - known - set(NORMS))
+    if unknown:
+        raise UserError(
+            f"config field upscale.transport='symmetric': the symmetries of a block with "
+            f"{unknown[0]} are not known; use another transport"
+        )
+
+
+def fold_features(block: Block, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Writes matrices of a block as rows of features.
+
+    Args:
+        block: float32 arrays by parameter name.
+        names: Of `HEAD_MATRICES` and `NEURON_MATRICES`.
+
+    Returns:
+        By name, [features, width], or one column more where there is a bias.
+    """
+    features: dict[str, np.ndarray] = {}
+    for name in names:
+        kernel = block[f"{name}_kernel"]
+        if name in _OUTPUTS:
+            features[name] = np.ascontiguousarray(kernel.T)
+            continue
+        folded = kernel * block[_NORM_OF[name]]
+        if f"{name}_bias" in block:
+            folded = np.concatenate([folded, block[f"{name}_bias"][:, None]], axis=1)
+        features[name] = folded
+    return features
+
+
+def unfold_features(features: Features, norms: Block, like: Block) -> dict[str, np.ndarray]:
+    """Takes a norm out of the kernels behind it again: the inverse of `fold_features`.
+
+    Args:
+        features: Rows by matrix name.
+        norms: The norms that the new block has. Where one is 0, its kernels' column is 0 too.
+        like: A block that says which matrices have biases.
+
+    Returns:
+        Kernels, biases of what reads, and the norms; biases of what writes are not features.
+    """
+    block: dict[str, np.ndarray] = {}
+    for name, rows in features.items():
+        if name in _OUTPUTS:
+            block[f"{name}_kernel"] = np.ascontiguousarray(rows.T)
+            continue
+        norm = norms[_NORM_OF[name]]
+        divisor = np.where(norm == 0, np.float32(1), norm)
+        block[_NORM_OF[name]] = norm
+        block[f"{name}_kernel"] = rows[:, : len(norm)] / divisor
+        if f"{name}_bias" in like:
+            block[f"{name}_bias"] = rows[:, -1].copy()
+    return block

@@ -1,0 +1,210 @@
+"""Attention heads of one block matched with those of another, as far as functions allow it.
+
+What leaves attention as it is (Llama's, rotary, no q/k norms): any order of groups of query heads
+with their KV head; any order of query heads in a group; one rotation of each rotary plane of a
+group, of its queries and key alike, since scores are Re(q conj(k) e^{i theta (t - s)}); one
+orthogonal map of a group's values, undone by its outputs.
+
+Queries could also be scaled against keys, and values against outputs. That is left out: the balance
+of adjacent layers is nearly the same, so averages gain nothing from it.
+
+Names carry shapes: N query heads, K groups, R heads of a group, H head size, F = H / 2 rotary
+planes, D columns; a second index of the same kind belongs to parent B.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Complex, Float, Int
+from scipy import sparse
+
+from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.transport.assignment import assign_by_gain
+from opt_deus_jax.transport.closed_form import nearest_phase, nearest_rotation, nuclear_norm
+from opt_deus_jax.upscaling.features import HEAD_MATRICES, Features
+
+# Order of heads, phases and rotation are improved in turn; each round can only gain.
+_MAX_ROUNDS = 20
+
+
+class HeadMatch(NamedTuple):
+    """Which heads of A stand for B's, and how they are turned.
+
+    Attributes:
+        head_N: For each query head of B its head of A.
+        group_K: For each group of B its group of A.
+        phase_KF: Unit number by which a plane of queries and keys is turned.
+        rotation_KHH: What values and outputs are turned by.
+        mean_cost: Mean distance of a group of A from a group of B, each pair turned at its best.
+        matched_cost: The same of the matched ones.
+    """
+
+    head_N: Int[np.ndarray, " n"]
+    group_K: Int[np.ndarray, " k"]
+    phase_KF: Complex[np.ndarray, "k f"]
+    rotation_KHH: Float[np.ndarray, "k h h"]
+    mean_cost: float
+    matched_cost: float
+
+
+class _Overlaps(NamedTuple):
+    """Inner products of A's heads with B's, each matrix scaled to norm 1."""
+
+    query_FNN: np.ndarray
+    key_FKK: np.ndarray
+    value_KKHH: np.ndarray
+    output_NNHH: np.ndarray
+
+
+class _Group(NamedTuple):
+    """A group of A laid on a group of B."""
+
+    overlap: float
+    head_R: np.ndarray
+    phase_F: np.ndarray
+    rotation_HH: np.ndarray
+
+
+def scale_to_unit(rows: np.ndarray) -> np.ndarray:
+    """Divides a matrix by its norm, so that no matrix outweighs another; zeros stay zeros."""
+    norm = float(np.linalg.norm(rows))
+    return rows / np.float32(norm) if norm else rows
+
+
+def _planes(rows_ND: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of queries or keys as one complex row for each rotary plane (i, i + h/2): [f, n, d]."""
+    halves = rows_ND.reshape(-1, 2, head_dim // 2, rows_ND.shape[-1])
+    return np.swapaxes(halves[:, 0] + 1j * halves[:, 1], 0, 1)
+
+
+def _overlaps(a: Features, b: Features, head_dim: int) -> _Overlaps:
+    def in_planes(name: str) -> np.ndarray:
+        first, second = (_planes(rows[name], head_dim) for rows in (a, b))
+        return first @ np.conj(np.swapaxes(second, 1, 2))
+
+    def in_heads(name: str) -> np.ndarray:
+        product = (a[name] @ b[name].T).reshape(
+            len(a[name]) // head_dim, head_dim, len(b[name]) // head_dim, head_dim
+        )
+        return np.swapaxes(product, 1, 2)
+
+    return _Overlaps(in_planes("query"), in_planes("key"), in_heads("value"), in_heads("output"))
+
+
+def _match_group(
+    query_FRR: np.ndarray, key_F: np.ndarray, value_HH: np.ndarray, output_RRHH: np.ndarray
+) -> _Group:
+    heads = len(output_RRHH)
+    # Each pair of heads at its own best, with its share of key and value: on a copy the right pairs
+    # reach the bound of Cauchy and Schwarz.
+    gain_RR = np.abs(query_FRR + key_F[:, None, None] / heads).sum(axis=0)
+    gain_RR += nuclear_norm(output_RRHH + value_HH / heads)
+    best: _Group | None = None
+    for _ in range(_MAX_ROUNDS):
+        head_R = assign_by_gain(gain_RR)
+        pairs = (head_R, np.arange(heads))
+        plane_F = key_F + query_FRR[:, *pairs].sum(axis=1)
+        rotation, turned = nearest_rotation(value_HH + output_RRHH[pairs].sum(axis=0))
+        overlap = float(np.abs(plane_F).sum() + turned)
+        if best is not None and overlap <= best.overlap * (1 + 1e-6):
+            break
+        phase_F = nearest_phase(plane_F)
+        best = _Group(overlap, head_R, phase_F, rotation)
+        if heads == 1:
+            break
+        gain_RR = np.einsum("frs,f->rs", query_FRR, phase_F).real
+        gain_RR = gain_RR + np.einsum("rshi,ih->rs", output_RRHH, rotation)
+    assert best is not None
+    return best
+
+
+def _squares(features: Features, groups: int) -> np.ndarray:
+    return sum((rows.reshape(groups, -1) ** 2).sum(axis=1) for rows in features.values())  # pyright: ignore
+
+
+def match_heads(a: Features, b: Features, config: ModelConfig) -> HeadMatch:
+    """Finds the maps of A's heads, out of those that leave A's function alone, nearest to B's.
+
+    Groups are matched exactly by the overlap that their best order of heads, phases and rotation
+    reach, which are found in turn from a start that is exact for copies.
+
+    Args:
+        a: Features of A by `HEAD_MATRICES`.
+        b: Features of B.
+        config: The network.
+
+    Returns:
+        The match.
+    """
+    groups, head_dim = config.num_kv_heads, config.head_dim
+    heads = config.num_heads // groups
+    a, b = ({name: scale_to_unit(rows[name]) for name in HEAD_MATRICES} for rows in (a, b))
+    overlaps = _overlaps(a, b, head_dim)
+    pairs: dict[tuple[int, int], _Group] = {}
+    gain_KK = np.zeros((groups, groups))
+    for i, j in np.ndindex(groups, groups):
+        of_i, of_j = (slice(heads * k, heads * (k + 1)) for k in (i, j))
+        pairs[i, j] = _match_group(
+            overlaps.query_FNN[:, of_i, of_j],
+            overlaps.key_FKK[:, i, j],
+            overlaps.value_KKHH[i, j],
+            overlaps.output_NNHH[of_i, of_j],
+        )
+        gain_KK[i, j] = pairs[i, j].overlap
+    group_K = assign_by_gain(gain_KK)
+    matched = [pairs[i, j] for j, i in enumerate(group_K)]
+    square_KK = _squares(a, groups)[:, None] + _squares(b, groups)[None] - 2 * gain_KK
+    cost_KK = np.sqrt(np.maximum(square_KK, 0))
+    return HeadMatch(
+        head_N=np.concatenate(
+            [heads * i + group.head_R for i, group in zip(group_K, matched, strict=True)]
+        ),
+        group_K=group_K,
+        phase_KF=np.stack([group.phase_F for group in matched]),
+        rotation_KHH=np.stack([group.rotation_HH for group in matched]),
+        mean_cost=float(cost_KK.mean()),
+        matched_cost=float(cost_KK[group_K, np.arange(groups)].mean()),
+    )
+
+
+def head_maps(match: HeadMatch) -> dict[str, sparse.csr_array]:
+    """Writes a match as maps between rows of features; moving A by them leaves its function alone.
+
+    Args:
+        match: From `match_heads`.
+
+    Returns:
+        By matrix name, [m, n], to be applied as `map.T @ rows of A`.
+    """
+    heads = len(match.head_N) // len(match.group_K)
+    phase_NF = np.repeat(match.phase_KF, heads, axis=0)
+    rotation_NHH = np.repeat(match.rotation_KHH, heads, axis=0)
+    return {
+        "query": _plane_map(match.head_N, phase_NF),
+        "key": _plane_map(match.group_K, match.phase_KF),
+        "value": _block_map(match.group_K, match.rotation_KHH),
+        "output": _block_map(match.head_N, rotation_NHH),
+    }
+
+
+def _plane_map(head_N: np.ndarray, phase_NF: np.ndarray) -> sparse.csr_array:
+    """Takes heads in an order and turns their planes."""
+    heads, planes = phase_NF.shape
+    turn_N2F2F = np.zeros((heads, 2, planes, 2, planes), np.float32)
+    plane_F = np.arange(planes)
+    cos_NF, sin_NF = np.real(phase_NF), np.imag(phase_NF)
+    turn_N2F2F[:, 0, plane_F, 0, plane_F] = cos_NF
+    turn_N2F2F[:, 0, plane_F, 1, plane_F] = -sin_NF
+    turn_N2F2F[:, 1, plane_F, 0, plane_F] = sin_NF
+    turn_N2F2F[:, 1, plane_F, 1, plane_F] = cos_NF
+    return _block_map(head_N, turn_N2F2F.reshape(heads, 2 * planes, 2 * planes))
+
+
+def _block_map(head_N: np.ndarray, turn_NHH: np.ndarray) -> sparse.csr_array:
+    """Takes heads in an order and applies a matrix inside each."""
+    target_P, row_P, column_P = np.nonzero(turn_NHH)
+    head_dim = turn_NHH.shape[1]
+    size = len(head_N) * head_dim
+    places = (head_N[target_P] * head_dim + column_P, target_P * head_dim + row_P)
+    values_P = turn_NHH[target_P, row_P, column_P].astype(np.float32)
+    return sparse.csr_array((values_P, places), shape=(size, size))
