@@ -30,11 +30,18 @@ def unit_cosines(moved: Features, next_: Features, units: int) -> Float[np.ndarr
     return overlap / np.where(size > 0, size, 1)
 
 
-def _importance(features: Features, units: int) -> np.ndarray:
+def importance(features: Features, units: int) -> Float[np.ndarray, " u"]:
     """Strength by the weights alone, in robust deviations from the median, folded back above one.
 
     The strongest of all are those with massive activations (Sun et al. 2024, arXiv 2402.17762), of
     which a second copy does harm: strength counts for a unit up to one deviation only.
+
+    Args:
+        features: Rows by matrix name.
+        units: How many heads, groups or neurons the rows of every matrix are divided into.
+
+    Returns:
+        One a unit, at most 1.
     """
     strength = np.zeros(units)
     for rows in features.values():
@@ -70,7 +77,7 @@ def shares_of_previous(
     if fusion == "matched":
         return np.clip(unit_cosines(moved, next_, units), 0, 1) / 2
     if fusion == "select":
-        advantage = _importance(moved, units) - _importance(next_, units)
+        advantage = importance(moved, units) - importance(next_, units)
         shares = np.zeros(units)
         shares[np.argsort(-advantage, kind="stable")[: units // 2]] = 1
         return shares

@@ -25,11 +25,12 @@ _OUTPUTS = ("output", "down")
 Features = Mapping[str, Float[np.ndarray, "n d"]]
 
 
-def check_parameters(block: Block) -> None:
-    """Refuses a block whose symmetries are not known here.
+def check_parameters(block: Block, field: str) -> None:
+    """Refuses a block whose features are not known here.
 
     Args:
         block: Arrays by parameter name.
+        field: What was asked for, to be named where it is refused.
 
     Raises:
         UserError: It has a parameter that a permutation or rotation of features might not leave
@@ -39,8 +40,7 @@ def check_parameters(block: Block) -> None:
     unknown = sorted(block.keys() - known - set(NORMS))
     if unknown:
         raise UserError(
-            f"config field upscale.transport='symmetric': the symmetries of a block with "
-            f"{unknown[0]} are not known; use another transport"
+            f"{field}: what leaves a block with {unknown[0]} unchanged is not known; use another"
         )
 
 

@@ -22,6 +22,7 @@ from opt_deus_jax.transport.sinkhorn import (
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.new_block import Block, Fused
 from opt_deus_jax.upscaling.symmetric import fuse_symmetric
+from opt_deus_jax.upscaling.twin import twin_block
 
 
 class Aligned(NamedTuple):
@@ -197,7 +198,7 @@ def fuse_blocks(
         next_: Parent B, likewise.
         config: The network.
         weights: transport, average, copy_previous, copy_next, half_next (B's kernels and biases
-            halved, its norms kept) or random (N(0, 0.02), norms 1).
+            halved, its norms kept), random (N(0, 0.02), norms 1) or twin (`twin_block`).
         zero_init: Set the output and down kernels, and their biases, to zero.
         transport: For `transport`: reference, barycentric, assignment or symmetric.
         epsilon: For `transport`: entropy; None takes the transport's own.
@@ -209,7 +210,7 @@ def fuse_blocks(
         The new block with every parameter of `block_specs`.
 
     Raises:
-        UserError: `symmetric` does not know all parameters of the block.
+        UserError: `symmetric` or `twin` do not know all parameters of the block.
         ValueError: `weights` is not one of the names above.
     """
     made = Fused({}, (), {})
@@ -234,6 +235,8 @@ def fuse_blocks(
         made = made._replace(block=_halved(next_))
     elif weights == "random":
         made = made._replace(block=_random_block(config, seed))
+    elif weights == "twin":
+        made = made._replace(block=twin_block(next_, config))
     else:
         raise ValueError(f"weights={weights!r} is not a way to make a new block")
     return made._replace(block=_end_branches(made.block, config, zero_init, output_scale))

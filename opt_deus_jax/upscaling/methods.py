@@ -16,7 +16,7 @@ class Method:
     Attributes:
         layout: Where new layers go.
         weights: How a new layer is made from its parents: transport, average, copy_previous,
-            copy_next, half_next or random; empty where no layer is fused.
+            copy_next, half_next, random or twin; empty where no layer is fused.
         zero_init: Whether the kernels that end the residual branches start at zero.
         trained: `new`, `all` or a regular expression, as `upscale.trained`.
         output_scale: Without `zero_init`: a factor on those kernels.
@@ -39,6 +39,8 @@ METHODS = {
     "copy_next": Method("top", "copy_next", zero_init=True, trained="new"),
     "half_next": Method("top", "half_next", zero_init=True, trained="new"),
     "random": Method("top", "random", zero_init=True, trained="new"),
+    # Zero as a sum, not as a kernel.
+    "twin": Method("top", "twin", zero_init=False, trained="new"),
 }
 
 
@@ -78,6 +80,11 @@ def resolve_method(config: UpscaleConfig) -> Method:
     if (method.layout == "stack") != (method.weights == "") and config.method != "base":
         raise UserError(
             f"config field upscale.layout={method.layout!r}: 'stack' goes with method 'solar' only"
+        )
+    if method.weights == "twin" and method.zero_init:
+        raise UserError(
+            "config field upscale.zero_init=True: method 'twin' starts as the identity with down "
+            "kernels that are not zero; leave upscale.zero_init and upscale.output_scale at None"
         )
     if method.layout == "stack" and method.zero_init:
         raise UserError("config field upscale.zero_init=True: method 'solar' keeps its copies")

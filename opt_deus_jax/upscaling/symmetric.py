@@ -26,6 +26,7 @@ from opt_deus_jax.upscaling.neurons import NeuronMatch, match_neurons, neuron_ma
 from opt_deus_jax.upscaling.new_block import Block, Fused
 
 Maps = dict[str, sparse.csr_array]
+_FIELD = "config field upscale.transport='symmetric'"
 _OUTPUT_BIAS = {"heads": "output_bias", "neurons": "down_bias"}
 
 
@@ -67,7 +68,7 @@ def align_block(previous: Block, next_: Block, config: ModelConfig) -> dict[str,
     Raises:
         UserError: The block has parameters whose symmetries are not known here.
     """
-    check_parameters(previous)
+    check_parameters(previous, _FIELD)
     aligned = dict(previous)
     for side in _sides(config):
         a, b = (fold_features(block, side.matrices) for block in (previous, next_))
@@ -101,7 +102,7 @@ def fuse_symmetric(previous: Block, next_: Block, *, config: ModelConfig, fusion
     Raises:
         UserError: The block has parameters whose symmetries are not known here.
     """
-    check_parameters(previous)
+    check_parameters(previous, _FIELD)
     norms = _fused_norms(previous, next_)
     fused: dict[str, np.ndarray] = {}
     reports: list[MatrixReport] = []

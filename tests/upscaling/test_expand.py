@@ -117,6 +117,15 @@ def test_symmetric_fusion_from_a_config_to_a_picture(tmp_path, base, base_logits
     assert all(0 < gain < 1 for gain in gains.values())
 
 
+@pytest.mark.parametrize("output_scale", [None, 0.5])
+def test_twins_are_an_identity_but_for_rounding(tmp_path, base, base_logits, output_scale):
+    fields = {"method": "twin", "num_new_layers": 3, "output_scale": output_scale}
+    made = expand(base, tmp_path / "grown", **fields)
+    assert made.identity.max_difference < 1e-5 * np.abs(base_logits).max()
+    logits = oracle_logits(load_directory(tmp_path / "grown"), tokens())
+    np.testing.assert_allclose(logits, base_logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("fields", [
     {"method": "average", "num_new_layers": 3},
     {"method": "copy_next", "num_new_layers": 3, "output_scale": 0.5},

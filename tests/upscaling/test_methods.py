@@ -20,6 +20,7 @@ from opt_deus_jax.upscaling.methods import METHODS, Method, plan_layers, resolve
         ("copy_next", "top", "copy_next", True, "new"),
         ("half_next", "top", "half_next", True, "new"),
         ("random", "top", "random", True, "new"),
+        ("twin", "top", "twin", False, "new"),
     ],
 )
 def test_each_preset_is_what_its_paper_says(name, layout, weights, zero_init, trained):
@@ -75,6 +76,10 @@ def test_each_choice_replaces_the_preset():
         (
             {"num_new_layers": 1, "zero_init": True, "output_scale": 0.1},
             "output_scale=0.1: says what upscale.zero_init=True says; give one",
+        ),
+        (
+            {"num_new_layers": 1, "method": "twin", "output_scale": 0.0},
+            "zero_init=True: method 'twin' starts as the identity",
         ),
         ({"num_new_layers": 1, "output_scale": -0.5}, "output_scale=-0.5: must be 0 or a positive"),
         ({"num_new_layers": 1, "output_scale": float("nan")}, "output_scale=nan: must be 0 or"),

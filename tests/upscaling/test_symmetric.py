@@ -250,6 +250,6 @@ def test_a_block_with_other_parameters_is_refused():
     config = config_of("gqa")
     block = random_block(config, 0)
     other = block | {"query_norm": np.ones(config.head_dim, np.float32)}
-    message = "transport='symmetric': the symmetries of a block with query_norm are not known"
+    message = "transport='symmetric': what leaves a block with query_norm unchanged is not known"
     with pytest.raises(UserError, match=message):
         fuse_symmetric(other, other, config=config, fusion="mean")
