@@ -55,8 +55,9 @@ class UpscaleConfig:
         gaps: For `layout="explicit"` only: gap g lies between base layers g and g + 1.
         transport: How A's neurons are laid on B's before the two are fused: reference, barycentric,
             assignment, or symmetric (only by maps that leave A's function unchanged).
-        epsilon: Entropy of Sinkhorn; None takes the transport's own (0.06 absolute for
-            `reference`, relative to the mean cost for `barycentric`).
+        epsilon: Entropy of Sinkhorn; None takes the transport's own: 0.06 absolute for
+            `reference`, 0.01 of the mean cost for `barycentric`, and none for `symmetric`, which
+            is then exact (a given one is relative to its mean squared cost, and blurs neurons).
         fusion: How A, laid on B, is fused with B. `mean`; `rescaled`: the mean with every row
             scaled to B's norm; for `transport="symmetric"` also `matched`: B's neuron or head mixed
             with A's as far as they are alike, and `select`: half of the neurons and heads A's, the

@@ -200,6 +200,8 @@ def _options(plan: _Plan) -> dict[str, Any]:
         options["transport"] = plan.upscale.transport
         if plan.upscale.transport in ("reference", "barycentric"):
             options["epsilon"] = transport_epsilon(plan.upscale.transport, plan.upscale.epsilon)
+        elif plan.upscale.epsilon is not None:
+            options["epsilon"] = plan.upscale.epsilon
     if plan.method.weights in ("transport", "average"):
         options["fusion"] = plan.upscale.fusion
     if plan.method.weights == "random":

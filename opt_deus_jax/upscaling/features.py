@@ -5,12 +5,14 @@ biases are a last column, since they see an input of one; output kernels are tra
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.upscaling.new_block import Block
+from opt_deus_jax.transport.sinkhorn import Coupling
+from opt_deus_jax.upscaling.new_block import Block, TransportMap
 
 # Rows of an attention head, and of a neuron, with the norm that each matrix reads behind.
 HEAD_MATRICES = ("query", "key", "value", "output")
@@ -23,6 +25,31 @@ NORMS = ("input_norm", "post_attention_norm")
 _OUTPUTS = ("output", "down")
 
 Features = Mapping[str, Float[np.ndarray, "n d"]]
+
+
+class UnitMatch(NamedTuple):
+    """Which units of A, heads in groups or neurons, stand for B's, and how they are laid on them.
+
+    Attributes:
+        maps: By matrix name, [m, n], to be applied as `map.T @ rows of A`. Those that leave A's
+            function alone are sparse.
+        source_U: For each unit of B its (strongest) unit of A.
+        mean_cost: Mean distance of a unit of A from one of B, each pair laid at its best.
+        matched_cost: The same of the matched ones.
+        coupling: The plan, where the match is soft.
+    """
+
+    maps: dict[str, TransportMap]
+    source_U: Int[np.ndarray, " u"]
+    mean_cost: float
+    matched_cost: float
+    coupling: Coupling | None = None
+
+
+def scale_to_unit(rows: np.ndarray) -> np.ndarray:
+    """Divides a matrix by its norm, so that no matrix outweighs another; zeros stay zeros."""
+    norm = float(np.linalg.norm(rows))
+    return rows / np.float32(norm) if norm else rows
 
 
 def check_parameters(block: Block, field: str) -> None:

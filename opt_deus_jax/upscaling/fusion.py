@@ -201,7 +201,7 @@ def fuse_blocks(
             halved, its norms kept), random (N(0, 0.02), norms 1) or twin (`twin_block`).
         zero_init: Set the output and down kernels, and their biases, to zero.
         transport: For `transport`: reference, barycentric, assignment or symmetric.
-        epsilon: For `transport`: entropy; None takes the transport's own.
+        epsilon: For `transport`: entropy; None takes the transport's own, for `symmetric` none.
         fusion: For `transport` and `average`: how the two are mixed (`blending.FUSIONS`).
         output_scale: Without `zero_init`: a factor on the output and down kernels and biases.
         seed: For `random`; give each new layer its own.
@@ -215,7 +215,7 @@ def fuse_blocks(
     """
     made = Fused({}, (), {})
     if weights == "transport" and transport == "symmetric":
-        made = fuse_symmetric(previous, next_, config=config, fusion=fusion)
+        made = fuse_symmetric(previous, next_, config=config, fusion=fusion, epsilon=epsilon)
     elif weights == "transport":
         made = _transport(
             previous,

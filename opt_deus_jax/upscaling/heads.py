@@ -15,36 +15,16 @@ planes, D columns; a second index of the same kind belongs to parent B.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Complex, Float, Int
 from scipy import sparse
 
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.transport.assignment import assign_by_gain
 from opt_deus_jax.transport.closed_form import nearest_phase, nearest_rotation, nuclear_norm
-from opt_deus_jax.upscaling.features import HEAD_MATRICES, Features
+from opt_deus_jax.upscaling.features import HEAD_MATRICES, Features, UnitMatch, scale_to_unit
+from opt_deus_jax.upscaling.new_block import TransportMap
 
 # Order of heads, phases and rotation are improved in turn; each round can only gain.
 _MAX_ROUNDS = 20
-
-
-class HeadMatch(NamedTuple):
-    """Which heads of A stand for B's, and how they are turned.
-
-    Attributes:
-        head_N: For each query head of B its head of A.
-        group_K: For each group of B its group of A.
-        phase_KF: Unit number by which a plane of queries and keys is turned.
-        rotation_KHH: What values and outputs are turned by.
-        mean_cost: Mean distance of a group of A from a group of B, each pair turned at its best.
-        matched_cost: The same of the matched ones.
-    """
-
-    head_N: Int[np.ndarray, " n"]
-    group_K: Int[np.ndarray, " k"]
-    phase_KF: Complex[np.ndarray, "k f"]
-    rotation_KHH: Float[np.ndarray, "k h h"]
-    mean_cost: float
-    matched_cost: float
 
 
 class _Overlaps(NamedTuple):
@@ -63,12 +43,6 @@ class _Group(NamedTuple):
     head_R: np.ndarray
     phase_F: np.ndarray
     rotation_HH: np.ndarray
-
-
-def scale_to_unit(rows: np.ndarray) -> np.ndarray:
-    """Divides a matrix by its norm, so that no matrix outweighs another; zeros stay zeros."""
-    norm = float(np.linalg.norm(rows))
-    return rows / np.float32(norm) if norm else rows
 
 
 def _planes(rows_ND: np.ndarray, head_dim: int) -> np.ndarray:
@@ -122,7 +96,7 @@ def _squares(features: Features, groups: int) -> np.ndarray:
     return sum((rows.reshape(groups, -1) ** 2).sum(axis=1) for rows in features.values())  # pyright: ignore
 
 
-def match_heads(a: Features, b: Features, config: ModelConfig) -> HeadMatch:
+def match_heads(a: Features, b: Features, config: ModelConfig) -> UnitMatch:
     """Finds the maps of A's heads, out of those that leave A's function alone, nearest to B's.
 
     Groups are matched exactly by the overlap that their best order of heads, phases and rotation
@@ -155,35 +129,25 @@ def match_heads(a: Features, b: Features, config: ModelConfig) -> HeadMatch:
     matched = [pairs[i, j] for j, i in enumerate(group_K)]
     square_KK = _squares(a, groups)[:, None] + _squares(b, groups)[None] - 2 * gain_KK
     cost_KK = np.sqrt(np.maximum(square_KK, 0))
-    return HeadMatch(
-        head_N=np.concatenate(
-            [heads * i + group.head_R for i, group in zip(group_K, matched, strict=True)]
-        ),
-        group_K=group_K,
-        phase_KF=np.stack([group.phase_F for group in matched]),
-        rotation_KHH=np.stack([group.rotation_HH for group in matched]),
+    return UnitMatch(
+        maps=_head_maps(group_K, matched, heads),
+        source_U=group_K,
         mean_cost=float(cost_KK.mean()),
         matched_cost=float(cost_KK[group_K, np.arange(groups)].mean()),
     )
 
 
-def head_maps(match: HeadMatch) -> dict[str, sparse.csr_array]:
-    """Writes a match as maps between rows of features; moving A by them leaves its function alone.
-
-    Args:
-        match: From `match_heads`.
-
-    Returns:
-        By matrix name, [m, n], to be applied as `map.T @ rows of A`.
-    """
-    heads = len(match.head_N) // len(match.group_K)
-    phase_NF = np.repeat(match.phase_KF, heads, axis=0)
-    rotation_NHH = np.repeat(match.rotation_KHH, heads, axis=0)
+def _head_maps(group_K: np.ndarray, matched: list[_Group], heads: int) -> dict[str, TransportMap]:
+    head_N = np.concatenate(
+        [heads * i + group.head_R for i, group in zip(group_K, matched, strict=True)]
+    )
+    phase_KF = np.stack([group.phase_F for group in matched])
+    rotation_KHH = np.stack([group.rotation_HH for group in matched])
     return {
-        "query": _plane_map(match.head_N, phase_NF),
-        "key": _plane_map(match.group_K, match.phase_KF),
-        "value": _block_map(match.group_K, match.rotation_KHH),
-        "output": _block_map(match.head_N, rotation_NHH),
+        "query": _plane_map(head_N, np.repeat(phase_KF, heads, axis=0)),
+        "key": _plane_map(group_K, phase_KF),
+        "value": _block_map(group_K, rotation_KHH),
+        "output": _block_map(head_N, np.repeat(rotation_KHH, heads, axis=0)),
     }
 
 

@@ -109,16 +109,16 @@ def _check_fusion(config: UpscaleConfig, method: Method) -> None:
     symmetric = method.weights == "transport" and config.transport == "symmetric"
     if config.epsilon is not None and config.epsilon <= 0:
         raise UserError(f"config field upscale.epsilon={config.epsilon}: must be positive")
-    if config.epsilon is not None and symmetric:
-        raise UserError(
-            f"config field upscale.epsilon={config.epsilon}: transport 'symmetric' matches "
-            "exactly, without entropy; leave it at None"
-        )
     field = f"config field upscale.fusion={config.fusion!r}"
     if config.fusion in ("matched", "select") and not symmetric:
         raise UserError(
             f"{field}: needs method 'opt_deus' with upscale.transport=symmetric, which says which "
             "neurons and heads belong together"
+        )
+    if config.fusion == "select" and config.epsilon is not None:
+        raise UserError(
+            f"{field}: takes whole neurons, upscale.epsilon={config.epsilon} averages them; leave "
+            "epsilon at None"
         )
     if config.fusion != "mean" and method.weights not in ("transport", "average"):
         raise UserError(f"{field}: method {config.method!r} fuses nothing; use mean")

@@ -4,30 +4,32 @@ A's heads and neurons are laid on B's by symmetries of the network only. Nothing
 residual stream, whose basis adjacent layers share.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.transport.diagnostics import MatrixReport, report_map
+from opt_deus_jax.transport.diagnostics import MatrixReport, report, report_map
 from opt_deus_jax.upscaling.blending import blend_features, shares_of_previous
 from opt_deus_jax.upscaling.features import (
     HEAD_MATRICES,
     NEURON_MATRICES,
     NORMS,
+    Features,
+    UnitMatch,
     check_parameters,
     fold_features,
     unfold_features,
 )
-from opt_deus_jax.upscaling.heads import HeadMatch, head_maps, match_heads
-from opt_deus_jax.upscaling.neurons import NeuronMatch, match_neurons, neuron_maps
-from opt_deus_jax.upscaling.new_block import Block, Fused
+from opt_deus_jax.upscaling.heads import match_heads
+from opt_deus_jax.upscaling.neurons import match_neurons
+from opt_deus_jax.upscaling.new_block import Block, Fused, TransportMap
 
-Maps = dict[str, sparse.csr_array]
 _FIELD = "config field upscale.transport='symmetric'"
-_OUTPUT_BIAS = {"heads": "output_bias", "neurons": "down_bias"}
 
 
 class _Side(NamedTuple):
@@ -36,21 +38,20 @@ class _Side(NamedTuple):
     units_name: str
     units: int
     matrices: tuple[str, ...]
-    match: Callable[[Any, Any], tuple[HeadMatch | NeuronMatch, Maps, np.ndarray]]
+    output_bias: str
+    match: Callable[[Features, Features], UnitMatch]
 
 
-def _sides(config: ModelConfig) -> tuple[_Side, _Side]:
-    def heads(a, b):
-        found = match_heads(a, b, config)
-        return found, head_maps(found), found.group_K
+def _sides(config: ModelConfig, epsilon: float | None) -> tuple[_Side, _Side]:
+    def heads(a: Features, b: Features) -> UnitMatch:
+        return match_heads(a, b, config)
 
-    def neurons(a, b):
-        found = match_neurons(a, b)
-        return found, neuron_maps(found), found.source_M
+    def neurons(a: Features, b: Features) -> UnitMatch:
+        return match_neurons(a, b, epsilon)
 
     return (
-        _Side("heads", config.num_kv_heads, HEAD_MATRICES, heads),
-        _Side("neurons", config.mlp_width, NEURON_MATRICES, neurons),
+        _Side("heads", config.num_kv_heads, HEAD_MATRICES, "output_bias", heads),
+        _Side("neurons", config.mlp_width, NEURON_MATRICES, "down_bias", neurons),
     )
 
 
@@ -70,10 +71,10 @@ def align_block(previous: Block, next_: Block, config: ModelConfig) -> dict[str,
     """
     check_parameters(previous, _FIELD)
     aligned = dict(previous)
-    for side in _sides(config):
+    for side in _sides(config, None):
         a, b = (fold_features(block, side.matrices) for block in (previous, next_))
-        _, maps, _ = side.match(a, b)
-        moved = {name: maps[name].T @ rows for name, rows in a.items()}
+        match = side.match(a, b)
+        moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
         aligned |= unfold_features(moved, previous, previous)
     return aligned
 
@@ -86,7 +87,14 @@ def _fused_norms(previous: Block, next_: Block) -> dict[str, np.ndarray]:
     }
 
 
-def fuse_symmetric(previous: Block, next_: Block, *, config: ModelConfig, fusion: str) -> Fused:
+def fuse_symmetric(
+    previous: Block,
+    next_: Block,
+    *,
+    config: ModelConfig,
+    fusion: str,
+    epsilon: float | None = None,
+) -> Fused:
     """Aligns A to B by symmetries of the network and fuses the two, feature by feature.
 
     Args:
@@ -94,6 +102,7 @@ def fuse_symmetric(previous: Block, next_: Block, *, config: ModelConfig, fusion
         next_: Parent B, likewise.
         config: The network.
         fusion: A name of `blending.FUSIONS`.
+        epsilon: None matches neurons exactly; else see `match_neurons`. Heads always are.
 
     Returns:
         The new block, its outputs not zeroed; a report for each matrix, for heads (in groups with
@@ -106,47 +115,47 @@ def fuse_symmetric(previous: Block, next_: Block, *, config: ModelConfig, fusion
     norms = _fused_norms(previous, next_)
     fused: dict[str, np.ndarray] = {}
     reports: list[MatrixReport] = []
-    maps: Maps = {}
-    for side in _sides(config):
+    maps: dict[str, TransportMap] = {}
+    for side in _sides(config, epsilon):
         a, b = (fold_features(block, side.matrices) for block in (previous, next_))
-        found, side_maps, unit_of = side.match(a, b)
-        moved = {name: side_maps[name].T @ rows for name, rows in a.items()}
+        match = side.match(a, b)
+        moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
         share = shares_of_previous(fusion, moved, b, side.units)
         blended = blend_features(fusion, moved, b, share)
-        reports.append(_report_units(side.units_name, found, unit_of, blended, a, b))
-        reports += [
-            report_map(name, side_maps[name], blended[name], a[name], b[name]) for name in a
-        ]
-        maps |= side_maps
+        reports += _reports(side.units_name, match, blended, a, b)
+        maps |= match.maps
         fused |= unfold_features(blended, norms, next_)
-        bias = _OUTPUT_BIAS[side.units_name]
-        if bias in next_:
-            of_a = np.float32(share.mean())
-            fused[bias] = of_a * previous[bias] + (1 - of_a) * next_[bias]
+        if side.output_bias in next_:
+            bias_a, bias_b = (block[side.output_bias] for block in (previous, next_))
+            fused[side.output_bias] = bias_b + np.float32(share.mean()) * (bias_a - bias_b)
     return Fused({name: fused[name] for name in next_}, tuple(reports), maps)
 
 
-def _report_units(
-    name: str,
-    match: HeadMatch | NeuronMatch,
-    unit_of: np.ndarray,
-    fused: Mapping[str, np.ndarray],
-    previous: Mapping[str, np.ndarray],
-    next_: Mapping[str, np.ndarray],
-) -> MatrixReport:
-    """One line for what moves as a whole."""
+def _reports(
+    units_name: str, match: UnitMatch, fused: Features, previous: Features, next_: Features
+) -> list[MatrixReport]:
+    """A line for what moves as a whole, then one a matrix."""
+    if match.coupling is not None:
+        matrices = [
+            report(name, match.coupling, *map(jnp.asarray, (fused[name], previous[name], rows)))
+            for name, rows in next_.items()
+        ]
+    else:
+        matrices = [
+            report_map(name, sparse.csr_array(match.maps[name]), fused[name], previous[name], rows)
+            for name, rows in next_.items()
+        ]
     norm, norm_a, norm_b = (
         float(np.sqrt(sum(float((rows**2).sum()) for rows in features.values())))
         for features in (fused, previous, next_)
     )
-    return MatrixReport(
-        name=name,
-        converged=True,
-        iterations=0,
-        marginal_error=0.0,
-        effective_sources=1.0,
+    units = dataclasses.replace(
+        matrices[0],
+        name=units_name,
+        effective_sources=1.0 if match.coupling is None else matrices[0].effective_sources,
         norm_ratio_previous=norm / norm_a,
         norm_ratio_next=norm / norm_b,
         match_gain=match.matched_cost / match.mean_cost if match.mean_cost else 1.0,
-        match_order=tuple(unit_of.tolist()),
+        match_order=tuple(match.source_U.tolist()),
     )
+    return [units, *matrices]

@@ -64,8 +64,8 @@ def test_each_choice_replaces_the_preset():
         ({"num_new_layers": 1, "epsilon": 0.0}, "upscale.epsilon=0.0: must be positive"),
         ({"num_new_layers": 1, "epsilon": -1.0}, "upscale.epsilon=-1.0: must be positive"),
         (
-            {"num_new_layers": 1, "transport": "symmetric", "epsilon": 0.1},
-            "upscale.epsilon=0.1: transport 'symmetric' matches exactly",
+            {"num_new_layers": 1, "transport": "symmetric", "fusion": "select", "epsilon": 0.1},
+            "fusion='select': takes whole neurons, upscale.epsilon=0.1 averages",
         ),
         ({"num_new_layers": 1, "fusion": "select"}, "fusion='select': needs .*transport=symmetric"),
         ({"num_new_layers": 1, "fusion": "matched"}, "fusion='matched': needs method 'opt_deus'"),

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import ot
 import pytest
 from scipy import optimize, sparse
 
@@ -40,6 +41,11 @@ def assert_close(block, expected, tolerance):
     for name, array in expected.items():
         assert block[name].dtype == np.float32
         assert np.linalg.norm(block[name] - array) <= tolerance * np.linalg.norm(array), name
+
+
+def dense(map_):
+    assert isinstance(map_, sparse.csr_array)
+    return map_.toarray()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -98,27 +104,52 @@ def test_fused_with_a_copy_in_disguise_it_is_that_copy(shape, fusion):
         assert report.converged
 
 
-def test_neurons_equal_scipy_on_the_better_sign_of_every_pair():
-    config = config_of("biases")
-    a, b = (fold_features(random_block(config, seed), NEURON_MATRICES) for seed in (0, 1))
-    match = match_neurons(a, b)
+def squares_at_the_better_sign(a, b):
+    """Squared distances of all pairs of neurons in float64, and the sign that each is least at."""
     parts = [
-        {
-            name: rows[name].astype(np.float64) / np.linalg.norm(rows[name])
-            for name in NEURON_MATRICES
-        }
+        {name: matrix.astype(np.float64) / np.linalg.norm(matrix) for name, matrix in rows.items()}
         for rows in (a, b)
     ]
     first, second = (np.concatenate([p["up"], p["down"]], axis=1) for p in parts)
     square = ((parts[0]["gate"][:, None] - parts[1]["gate"][None]) ** 2).sum(axis=2)
     signed = [((sign * first[:, None] - second[None]) ** 2).sum(axis=2) for sign in (1, -1)]
-    square += np.minimum(*signed)
-    sources, targets = optimize.linear_sum_assignment(square)
-    np.testing.assert_array_equal(match.source_M[targets], sources)
-    better = np.where(signed[1] < signed[0], -1, 1)[sources, targets]
-    np.testing.assert_array_equal(match.sign_M[targets], better)
+    return square + np.minimum(*signed), np.where(signed[1] < signed[0], -1, 1)
+
+
+def test_neurons_equal_scipy_on_the_better_sign_of_every_pair():
+    config = config_of("biases")
+    a, b = (fold_features(random_block(config, seed), NEURON_MATRICES) for seed in (0, 1))
+    match = match_neurons(a, b)
+    square, sign = squares_at_the_better_sign(a, b)
+    pairs = optimize.linear_sum_assignment(square)
+    np.testing.assert_array_equal(match.source_U[pairs[1]], pairs[0])
+    np.testing.assert_array_equal(dense(match.maps["up"])[pairs], sign[pairs])
+    np.testing.assert_array_equal(dense(match.maps["gate"])[pairs], 1)
     assert match.mean_cost == pytest.approx(np.sqrt(square).mean(), rel=1e-5)
-    assert match.matched_cost == pytest.approx(np.sqrt(square[sources, targets]).mean(), rel=1e-5)
+    assert match.matched_cost == pytest.approx(np.sqrt(square[pairs]).mean(), rel=1e-5)
+
+
+def test_soft_neurons_equal_pot_and_reach_the_exact_match_with_little_entropy():
+    config = config_of("biases")
+    blocks = random_block(config, 0), random_block(config, 1)
+    a, b = (fold_features(block, NEURON_MATRICES) for block in blocks)
+    square = squares_at_the_better_sign(a, b)[0]
+    soft = match_neurons(a, b, epsilon=0.05)
+    uniform, entropy = ot.unif(len(square)), 0.05 * square.mean()
+    plan = np.asarray(ot.bregman.sinkhorn_log(uniform, uniform, square, entropy, 20_000, 1e-10))
+    gate, up = (np.asarray(soft.maps[name]) for name in ("gate", "up"))
+    np.testing.assert_allclose(gate, plan * len(plan), atol=1e-4)
+    np.testing.assert_allclose(np.abs(up), gate)
+    assert (up < 0).any()
+    assert soft.mean_cost == pytest.approx(np.sqrt(square).mean(), rel=1e-5)
+    assert soft.matched_cost == pytest.approx((plan * np.sqrt(square)).sum(), rel=1e-4)
+    for epsilon in (0.05, None):
+        made = fuse_symmetric(*blocks, config=config, fusion="rescaled", epsilon=epsilon)
+        neurons = next(report for report in made.reports if report.name == "neurons")
+        assert (neurons.effective_sources > 2) == (neurons.iterations > 0) == (epsilon is not None)
+        assert neurons.converged
+    sharp, exact = match_neurons(a, b, epsilon=5e-4), match_neurons(a, b)
+    np.testing.assert_array_equal(sharp.source_U, exact.source_U)
 
 
 def overlap_of_group(a, b, config, source, target, order):
@@ -165,9 +196,11 @@ def test_heads_reach_what_a_search_over_all_orders_reaches(shape):
         for order in itertools.permutations(range(groups))
     )
     match = match_heads(a, b, config)
+    size = config.head_dim
+    head_N = dense(match.maps["output"])[:, ::size].argmax(axis=0) // size
     found = sum(
-        overlap_of_group(a, b, config, i, j, match.head_N[heads * j : heads * (j + 1)] - heads * i)
-        for j, i in enumerate(match.group_K)
+        overlap_of_group(a, b, config, i, j, head_N[heads * j : heads * (j + 1)] - heads * i)
+        for j, i in enumerate(match.source_U)
     )
     # Exact with a head a group; with more, orders inside a group are found in turn with the map.
     assert reached * (1 - 1e-5 if heads == 1 else 0.99) <= found <= reached * (1 + 1e-5)
@@ -218,9 +251,9 @@ def test_reports_and_maps_are_of_every_matrix_and_of_the_units():
             "output",
         )
     for name, map_ in made.maps.items():
-        assert isinstance(map_, sparse.csr_array)
-        dense = map_.toarray()
-        np.testing.assert_allclose(dense.T @ dense, np.eye(len(dense)), atol=1e-5, err_msg=name)
+        rotation = dense(map_)
+        identity = np.eye(len(rotation))
+        np.testing.assert_allclose(rotation.T @ rotation, identity, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("zero_init", [False, True])
