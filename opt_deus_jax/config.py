@@ -65,6 +65,10 @@ class UpscaleConfig:
         zero_init: Whether o_proj and down_proj of new layers start at zero; None: as published.
         output_scale: In place of `zero_init`: a factor on o_proj and down_proj of new layers; 0
             zeroes them. Anything else gives up the identity.
+        branch_scale: A factor on the value and up kernels of new layers, undone in o_proj and
+            down_proj: the same function, in which steps of those two weigh that much more.
+        balance: Whether to even out the values of a head, and the sizes of the rows of up, in new
+            layers that start at zero: the same function, easier to step in.
         trained: `new`, `all`, `published`, or a regular expression: what it finds in the Hugging
             Face name of a tensor is trained.
         seed: Seed of the `random` method.
@@ -79,6 +83,8 @@ class UpscaleConfig:
     fusion: str = "mean"
     zero_init: bool | None = None
     output_scale: float | None = None
+    branch_scale: float = 1.0
+    balance: bool = False
     trained: str = AS_PUBLISHED
     seed: int = 0
 

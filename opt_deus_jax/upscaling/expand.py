@@ -126,6 +126,8 @@ def _fuse_layer(
         epsilon=plan.upscale.epsilon,
         fusion=plan.upscale.fusion,
         output_scale=plan.method.output_scale,
+        branch_scale=plan.upscale.branch_scale,
+        balance=plan.upscale.balance,
         seed=plan.upscale.seed + origin.depth,
     )
 
@@ -202,6 +204,8 @@ def _options(plan: _Plan) -> dict[str, Any]:
             options["epsilon"] = transport_epsilon(plan.upscale.transport, plan.upscale.epsilon)
         elif plan.upscale.epsilon is not None:
             options["epsilon"] = plan.upscale.epsilon
+    if plan.method.weights:
+        options |= {"branch_scale": plan.upscale.branch_scale, "balance": plan.upscale.balance}
     if plan.method.weights in ("transport", "average"):
         options["fusion"] = plan.upscale.fusion
     if plan.method.weights == "random":

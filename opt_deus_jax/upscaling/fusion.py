@@ -20,6 +20,7 @@ from opt_deus_jax.transport.sinkhorn import (
     solve_sinkhorn,
 )
 from opt_deus_jax.upscaling.blending import restore_rows
+from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
 from opt_deus_jax.upscaling.new_block import Block, Fused
 from opt_deus_jax.upscaling.symmetric import fuse_symmetric
 from opt_deus_jax.upscaling.twin import twin_block
@@ -189,6 +190,8 @@ def fuse_blocks(
     epsilon: float | None = None,
     fusion: str = "mean",
     output_scale: float = 1.0,
+    branch_scale: float = 1.0,
+    balance: bool = False,
     seed: int = 0,
 ) -> Fused:
     """Makes a new block from its parents.
@@ -204,13 +207,15 @@ def fuse_blocks(
         epsilon: For `transport`: entropy; None takes the transport's own, for `symmetric` none.
         fusion: For `transport` and `average`: how the two are mixed (`blending.FUSIONS`).
         output_scale: Without `zero_init`: a factor on the output and down kernels and biases.
+        branch_scale: See `scale_branches`.
+        balance: With `zero_init`: see `balance_branches`.
         seed: For `random`; give each new layer its own.
 
     Returns:
         The new block with every parameter of `block_specs`.
 
     Raises:
-        UserError: `symmetric` or `twin` do not know all parameters of the block.
+        UserError: What was asked for does not know all parameters of the block.
         ValueError: `weights` is not one of the names above.
     """
     made = Fused({}, (), {})
@@ -239,4 +244,9 @@ def fuse_blocks(
         made = made._replace(block=twin_block(next_, config))
     else:
         raise ValueError(f"weights={weights!r} is not a way to make a new block")
-    return made._replace(block=_end_branches(made.block, config, zero_init, output_scale))
+    block = _end_branches(made.block, config, zero_init, output_scale)
+    if balance:
+        block = balance_branches(block, config)
+    if branch_scale != 1:
+        block = scale_branches(block, branch_scale)
+    return made._replace(block=block)

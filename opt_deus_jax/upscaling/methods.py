@@ -89,6 +89,7 @@ def resolve_method(config: UpscaleConfig) -> Method:
     if method.layout == "stack" and method.zero_init:
         raise UserError("config field upscale.zero_init=True: method 'solar' keeps its copies")
     _check_fusion(config, method)
+    _check_conditioning(config, method)
     return method
 
 
@@ -122,6 +123,22 @@ def _check_fusion(config: UpscaleConfig, method: Method) -> None:
         )
     if config.fusion != "mean" and method.weights not in ("transport", "average"):
         raise UserError(f"{field}: method {config.method!r} fuses nothing; use mean")
+
+
+def _check_conditioning(config: UpscaleConfig, method: Method) -> None:
+    scale = config.branch_scale
+    if not (math.isfinite(scale) and scale > 0):
+        raise UserError(f"config field upscale.branch_scale={scale}: must be positive")
+    if scale != 1 and not method.weights:
+        raise UserError(
+            f"config field upscale.branch_scale={scale}: method {config.method!r} makes no new "
+            "weights; leave it at 1"
+        )
+    if config.balance and not method.zero_init:
+        raise UserError(
+            "config field upscale.balance=True: keeps the function only where new layers start at "
+            "zero; set upscale.zero_init=True or balance to False"
+        )
 
 
 def plan_layers(

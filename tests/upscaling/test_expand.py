@@ -117,6 +117,12 @@ def test_symmetric_fusion_from_a_config_to_a_picture(tmp_path, base, base_logits
     assert all(0 < gain < 1 for gain in gains.values())
 
 
+@pytest.mark.parametrize("method", ["copy_next", "random", "opt_deus"])
+def test_conditioned_branches_leave_the_identity(tmp_path, base, method):
+    fields = {"method": method, "num_new_layers": 2, "balance": True, "branch_scale": 3.0}
+    assert expand(base, tmp_path / "grown", **fields).identity.bit_identical
+
+
 @pytest.mark.parametrize("output_scale", [None, 0.5])
 def test_twins_are_an_identity_but_for_rounding(tmp_path, base, base_logits, output_scale):
     fields = {"method": "twin", "num_new_layers": 3, "output_scale": output_scale}
@@ -241,7 +247,7 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
     assert manifest.options == {
         **{"layout": "top", "weights": "transport", "zero_init": True, "trained": "new"},
         **{"output_scale": 1.0, "num_new_layers": 2, "transport": "barycentric", "epsilon": 0.01},
-        "fusion": "mean",
+        **{"fusion": "mean", "branch_scale": 1.0, "balance": False},
     }
     assert manifest.trained == "new"
     assert manifest.layers == tuple(dataclasses.asdict(o) for o in plan_layout("top", 6, 2))
@@ -269,6 +275,11 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
         ({"transport": "assignment"}, {"transport": "assignment"}),
         ({"transport": "symmetric"}, {"transport": "symmetric", "fusion": "mean"}),
         ({"method": "average", "fusion": "rescaled"}, {"fusion": "rescaled"}),
+        (
+            {"transport": "symmetric", "epsilon": 0.1, "branch_scale": 2.0},
+            {"transport": "symmetric", "epsilon": 0.1, "branch_scale": 2.0},
+        ),
+        ({"method": "copy_next", "balance": True}, {"balance": True}),
         ({"method": "copy_next", "trained": "all"}, {"trained": "all"}),
         ({"method": "random", "seed": 7}, {"seed": 7}),
     ],
@@ -277,8 +288,7 @@ def test_options_that_had_an_effect_are_in_the_manifest(tmp_path, base, fields, 
     made = expand(base, tmp_path / "grown", num_new_layers=1, **fields)
     assert made.manifest.options.items() >= options.items()
     assert made.manifest.options.keys() & {"transport", "epsilon", "seed"} == options.keys() - {
-        "trained",
-        "fusion",
+        *("trained", "fusion", "branch_scale", "balance")
     }
     assert made.manifest.trained == options.get("trained", "new")
 

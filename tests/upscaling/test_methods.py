@@ -83,6 +83,11 @@ def test_each_choice_replaces_the_preset():
         ),
         ({"num_new_layers": 1, "output_scale": -0.5}, "output_scale=-0.5: must be 0 or a positive"),
         ({"num_new_layers": 1, "output_scale": float("nan")}, "output_scale=nan: must be 0 or"),
+        ({"num_new_layers": 1, "branch_scale": 0.0}, "branch_scale=0.0: must be positive"),
+        ({"num_new_layers": 1, "branch_scale": float("inf")}, "branch_scale=inf: must be positive"),
+        ({"num_new_layers": 1, "method": "solar", "branch_scale": 2.0}, "'solar' makes no new"),
+        ({"num_new_layers": 1, "method": "average", "balance": True}, "balance=True: keeps the"),
+        ({"num_new_layers": 1, "method": "twin", "balance": True}, "balance=True: keeps the"),
         ({"num_new_layers": 1, "method": "solar", "output_scale": 0.1}, "'solar' makes no new"),
     ],
 )
