@@ -73,8 +73,9 @@ def assign_by_gain(gain_MN: Float[np.ndarray, "m m"]) -> Int[np.ndarray, " m"]:
         raise ValueError(f"an assignment needs as many sources as targets, got {gain_MN.shape}")
     if not np.isfinite(gain_MN).all():
         raise ValueError("an assignment needs finite gains")
-    # Of the transpose, so that the rows of the answer are the targets in order.
-    return optimize.linear_sum_assignment(gain_MN.T, maximize=True)[1]
+    # Of the transpose, so that the rows of the answer are the targets in order; negated here, as
+    # SciPy would copy the table once more.
+    return optimize.linear_sum_assignment(np.negative(gain_MN.T, dtype=np.float64, order="C"))[1]
 
 
 def _match(source_MD: jax.Array, target_ND: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -22,10 +22,14 @@ def unit_cosines(moved: Features, next_: Features, units: int) -> Float[np.ndarr
     overlap, square_a, square_b = np.zeros((3, units))
     for name, rows_a in moved.items():
         rows_a, rows_b = (rows.reshape(units, -1) for rows in (rows_a, next_[name]))
-        weight_a, weight_b = (float((rows**2).sum()) or 1.0 for rows in (rows_a, rows_b))
-        overlap += (rows_a * rows_b).sum(axis=1) / np.sqrt(weight_a * weight_b)
-        square_a += (rows_a**2).sum(axis=1) / weight_a
-        square_b += (rows_b**2).sum(axis=1) / weight_b
+        inner, of_a, of_b = (
+            np.einsum("ud,ud->u", *pair)
+            for pair in ((rows_a, rows_b), (rows_a, rows_a), (rows_b, rows_b))
+        )
+        weight_a, weight_b = (float(squares.sum()) or 1.0 for squares in (of_a, of_b))
+        overlap += inner / np.sqrt(weight_a * weight_b)
+        square_a += of_a / weight_a
+        square_b += of_b / weight_b
     size = np.sqrt(square_a * square_b)
     return overlap / np.where(size > 0, size, 1)
 
@@ -92,24 +96,24 @@ def restore_rows(
     return fused * (wanted / np.where(norm > 0, norm, 1))
 
 
-def blend_features(
-    fusion: str, moved: Features, next_: Features, share: Float[np.ndarray, " u"]
-) -> dict[str, np.ndarray]:
-    """Mixes A's features with B's by the share of each unit.
+def blend_rows(
+    fusion: str,
+    moved: Float[np.ndarray, "n d"],
+    next_: Float[np.ndarray, "n d"],
+    share: Float[np.ndarray, " u"],
+) -> Float[np.ndarray, "n d"]:
+    """Mixes a matrix of A with B's by the share of each unit.
 
     Args:
         fusion: See `shares_of_previous`; `rescaled` and `matched` give every row the norm of B's.
-        moved: A's features, in the places of B's.
-        next_: B's features.
+        moved: A's rows, in the places of B's.
+        next_: B's rows.
         share: Of A, a unit.
 
     Returns:
-        The fused features.
+        The fused rows.
     """
-    fused: dict[str, np.ndarray] = {}
-    for name, rows_b in next_.items():
-        share_N1 = np.repeat(share, len(rows_b) // len(share)).astype(np.float32)[:, None]
-        fused[name] = share_N1 * moved[name] + (1 - share_N1) * rows_b
-        if fusion in ("rescaled", "matched"):
-            fused[name] = restore_rows(fused[name], rows_b)
-    return fused
+    share_N1 = np.repeat(share, len(next_) // len(share)).astype(np.float32)[:, None]
+    fused = share_N1 * moved
+    fused += (1 - share_N1) * next_
+    return restore_rows(fused, next_) if fusion in ("rescaled", "matched") else fused

@@ -46,12 +46,6 @@ class UnitMatch(NamedTuple):
     coupling: Coupling | None = None
 
 
-def scale_to_unit(rows: np.ndarray) -> np.ndarray:
-    """Divides a matrix by its norm, so that no matrix outweighs another; zeros stay zeros."""
-    norm = float(np.linalg.norm(rows))
-    return rows / np.float32(norm) if norm else rows
-
-
 def check_parameters(block: Block, field: str) -> None:
     """Refuses a block whose features are not known here.
 

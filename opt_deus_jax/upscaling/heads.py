@@ -20,7 +20,7 @@ from scipy import sparse
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.transport.assignment import assign_by_gain
 from opt_deus_jax.transport.closed_form import nearest_phase, nearest_rotation, nuclear_norm
-from opt_deus_jax.upscaling.features import HEAD_MATRICES, Features, UnitMatch, scale_to_unit
+from opt_deus_jax.upscaling.features import HEAD_MATRICES, Features, UnitMatch
 from opt_deus_jax.upscaling.new_block import TransportMap
 
 # Order of heads, phases and rotation are improved in turn; each round can only gain.
@@ -43,6 +43,12 @@ class _Group(NamedTuple):
     head_R: np.ndarray
     phase_F: np.ndarray
     rotation_HH: np.ndarray
+
+
+def _scale_to_unit(rows: np.ndarray) -> np.ndarray:
+    """Divides a matrix by its norm, so that no matrix outweighs another; zeros stay zeros."""
+    norm = float(np.linalg.norm(rows))
+    return rows / np.float32(norm) if norm else rows
 
 
 def _planes(rows_ND: np.ndarray, head_dim: int) -> np.ndarray:
@@ -71,8 +77,10 @@ def _match_group(
     heads = len(output_RRHH)
     # Each pair of heads at its own best, with its share of key and value: on a copy the right pairs
     # reach the bound of Cauchy and Schwarz.
-    gain_RR = np.abs(query_FRR + key_F[:, None, None] / heads).sum(axis=0)
-    gain_RR += nuclear_norm(output_RRHH + value_HH / heads)
+    gain_RR = np.zeros((heads, heads))
+    if heads > 1:
+        gain_RR += np.abs(query_FRR + key_F[:, None, None] / heads).sum(axis=0)
+        gain_RR += nuclear_norm(output_RRHH + value_HH / heads)
     best: _Group | None = None
     for _ in range(_MAX_ROUNDS):
         head_R = assign_by_gain(gain_RR)
@@ -112,7 +120,7 @@ def match_heads(a: Features, b: Features, config: ModelConfig) -> UnitMatch:
     """
     groups, head_dim = config.num_kv_heads, config.head_dim
     heads = config.num_heads // groups
-    a, b = ({name: scale_to_unit(rows[name]) for name in HEAD_MATRICES} for rows in (a, b))
+    a, b = ({name: _scale_to_unit(rows[name]) for name in HEAD_MATRICES} for rows in (a, b))
     overlaps = _overlaps(a, b, head_dim)
     pairs: dict[tuple[int, int], _Group] = {}
     gain_KK = np.zeros((groups, groups))

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from opt_deus_jax.transport.assignment import assign_by_gain
 from opt_deus_jax.transport.sinkhorn import barycentric_map, solve_sinkhorn_for_cost
-from opt_deus_jax.upscaling.features import NEURON_MATRICES, Features, UnitMatch, scale_to_unit
+from opt_deus_jax.upscaling.features import NEURON_MATRICES, Features, UnitMatch
 
 
 def match_neurons(a: Features, b: Features, epsilon: float | None = None) -> UnitMatch:
@@ -30,12 +30,11 @@ def match_neurons(a: Features, b: Features, epsilon: float | None = None) -> Uni
     Returns:
         The match.
     """
-    a, b = ({name: scale_to_unit(rows[name]) for name in NEURON_MATRICES} for rows in (a, b))
-    gain_MM = a["up"] @ b["up"].T
-    gain_MM += a["down"] @ b["down"].T
+    gain_MM = _overlap(a["up"], b["up"])
+    gain_MM += _overlap(a["down"], b["down"])
     negative_MM = gain_MM < 0
     np.abs(gain_MM, out=gain_MM)
-    gain_MM += a["gate"] @ b["gate"].T
+    gain_MM += _overlap(a["gate"], b["gate"])
     if epsilon is not None:
         return _soft_match(_square_distances(gain_MM, a, b), negative_MM, epsilon)
     source_M = assign_by_gain(gain_MM)
@@ -52,11 +51,21 @@ def match_neurons(a: Features, b: Features, epsilon: float | None = None) -> Uni
     )
 
 
+# Tables of all pairs are made in place: with the neurons of an 8B model one takes 0.8 GB.
+def _overlap(rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
+    """Inner products of all rows, both matrices scaled to norm 1; zeros stay zeros."""
+    table_MM = rows_a @ rows_b.T
+    table_MM *= np.float32(1 / (float(np.linalg.norm(rows_a) * np.linalg.norm(rows_b)) or 1))
+    return table_MM
+
+
+def _square_norms(features: Features) -> np.ndarray:
+    squares = [np.einsum("md,md->m", features[name], features[name]) for name in NEURON_MATRICES]
+    return np.sum([square / (square.sum() or 1) for square in squares], axis=0)
+
+
 def _square_distances(gain_MM: np.ndarray, a: Features, b: Features) -> np.ndarray:
-    """Made of the gains in place: with the neurons of an 8B model the table takes 0.8 GB."""
-    square_a, square_b = (
-        np.sum([(x**2).sum(axis=1) for x in rows.values()], axis=0) for rows in (a, b)
-    )
+    square_a, square_b = _square_norms(a), _square_norms(b)
     gain_MM *= -2
     gain_MM += square_a[:, None]
     gain_MM += square_b[None]

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.transport.diagnostics import MatrixReport, report, report_map
-from opt_deus_jax.upscaling.blending import blend_features, shares_of_previous
+from opt_deus_jax.upscaling.blending import blend_rows, shares_of_previous
 from opt_deus_jax.upscaling.features import (
     HEAD_MATRICES,
     NEURON_MATRICES,
@@ -121,41 +121,37 @@ def fuse_symmetric(
         match = side.match(a, b)
         moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
         share = shares_of_previous(fusion, moved, b, side.units)
-        blended = blend_features(fusion, moved, b, share)
-        reports += _reports(side.units_name, match, blended, a, b)
+        lines = []
+        for name in side.matrices:
+            rows = blend_rows(fusion, moved.pop(name), b[name], share)
+            lines.append(_report_matrix(name, match, rows, a[name], b[name]))
+            fused |= unfold_features({name: rows}, norms, next_)
+        reports += [_report_units(side.units_name, match, lines), *lines]
         maps |= match.maps
-        fused |= unfold_features(blended, norms, next_)
         if side.output_bias in next_:
             bias_a, bias_b = (block[side.output_bias] for block in (previous, next_))
             fused[side.output_bias] = bias_b + np.float32(share.mean()) * (bias_a - bias_b)
     return Fused({name: fused[name] for name in next_}, tuple(reports), maps)
 
 
-def _reports(
-    units_name: str, match: UnitMatch, fused: Features, previous: Features, next_: Features
-) -> list[MatrixReport]:
-    """A line for what moves as a whole, then one a matrix."""
+def _report_matrix(
+    name: str, match: UnitMatch, fused: np.ndarray, previous: np.ndarray, next_: np.ndarray
+) -> MatrixReport:
     if match.coupling is not None:
-        matrices = [
-            report(name, match.coupling, *map(jnp.asarray, (fused[name], previous[name], rows)))
-            for name, rows in next_.items()
-        ]
-    else:
-        matrices = [
-            report_map(name, sparse.csr_array(match.maps[name]), fused[name], previous[name], rows)
-            for name, rows in next_.items()
-        ]
-    norm, norm_a, norm_b = (
-        float(np.sqrt(sum(float((rows**2).sum()) for rows in features.values())))
-        for features in (fused, previous, next_)
-    )
-    units = dataclasses.replace(
+        return report(name, match.coupling, *map(jnp.asarray, (fused, previous, next_)))
+    return report_map(name, sparse.csr_array(match.maps[name]), fused, previous, next_)
+
+
+def _report_units(name: str, match: UnitMatch, matrices: list[MatrixReport]) -> MatrixReport:
+    """A line for what moves as a whole; its norms are the geometric means of its matrices'."""
+    ratios = [(line.norm_ratio_previous, line.norm_ratio_next) for line in matrices]
+    norm_ratio_previous, norm_ratio_next = np.prod(ratios, axis=0) ** (1 / len(ratios))
+    return dataclasses.replace(
         matrices[0],
-        name=units_name,
+        name=name,
         effective_sources=1.0 if match.coupling is None else matrices[0].effective_sources,
-        norm_ratio_previous=norm / norm_a,
-        norm_ratio_next=norm / norm_b,
+        norm_ratio_previous=float(norm_ratio_previous),
+        norm_ratio_next=float(norm_ratio_next),
         match_gain=match.matched_cost / match.mean_cost if match.mean_cost else 1.0,
         match_order=tuple(match.source_U.tolist()),
     )
-    return [units, *matrices]
