@@ -21,7 +21,7 @@ from opt_deus_jax.reporting.comparison import machine
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.training.timing import prepare_step, random_source, time_in_turns
-from opt_deus_jax.upscaling.layout import plan_layout
+from opt_deus_jax.upscaling.layout import parents_of, plan_layout
 
 launch.define_flags()
 _LAYOUTS = flags.DEFINE_list("layouts", ["top", "middle", "bottom", "stack"], "What to time.")
@@ -34,11 +34,11 @@ def main() -> None:
     training, length = experiment.training, experiment.data.sequence_length
     base, base_config = read_config_only(experiment.base)
     num_new = experiment.upscale.num_new_layers
-    hf_config = grown_hf_config(base, base_config.num_layers + num_new)
-    config = read_model_config(hf_config, experiment.base)
     steps, flops = {}, {}
     for layout in _LAYOUTS.value:
-        is_new = [x.is_new for x in plan_layout(layout, base_config.num_layers, num_new)]
+        layers = plan_layout(layout, base_config.num_layers, num_new)
+        hf_config = grown_hf_config(base, parents_of(layers, prefer_previous=False))
+        config, is_new = read_model_config(hf_config), [layer.is_new for layer in layers]
         trained = select_trained(config, is_new, "all" if layout == "stack" else "new")
         costs = count_costs(
             *(config, trained.outer, trained.blocks),
@@ -49,7 +49,7 @@ def main() -> None:
         flops[layout] = costs.model_flops + costs.recomputed_flops
         steps[layout] = prepare_step(experiment, random_source(hf_config), trained)
     shape = (training.batch_size, length + 1)
-    tokens_BL = np.random.default_rng(0).integers(0, config.vocabulary_size, shape, np.int32)
+    tokens_BL = np.random.default_rng(0).integers(0, base_config.vocabulary_size, shape, np.int32)
     seconds = time_in_turns(steps, tokens_BL, _STEPS.value)
     medians = {layout: statistics.median(taken) for layout, taken in seconds.items()}
     first, rows = _LAYOUTS.value[0], []

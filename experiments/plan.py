@@ -9,9 +9,10 @@ from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.manifest import Manifest, manifest_of
 from opt_deus_jax.checkpoints.opening import open_checkpoint, read_config_only
 from opt_deus_jax.models.accounting import count_costs
+from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
 from opt_deus_jax.reporting.tables import costs_table, layer_table, show
 from opt_deus_jax.training.segments import select_trained
-from opt_deus_jax.upscaling.methods import plan_layers, resolve_method
+from opt_deus_jax.upscaling.methods import layer_parents, plan_layers, resolve_method
 
 launch.define_flags(needs_workdir=False)
 
@@ -25,14 +26,15 @@ def _manifest_of_base(base: str) -> Manifest | None:
 def main() -> None:
     """Prints the depth layout and the costs."""
     experiment = launch.experiment_from_flags()
-    _, model = read_config_only(experiment.base)
+    hf_config, model = read_config_only(experiment.base)
     method = resolve_method(experiment.upscale)
     upscale = experiment.upscale
     grown_before = _manifest_of_base(experiment.base) if upscale.method == "base" else None
     layers = plan_layers(upscale, model.num_layers, grown_before)
     trained = select_trained(model, [layer.is_new for layer in layers], method.trained)
+    grown = read_model_config(grown_hf_config(hf_config, layer_parents(method, layers)))
     costs = count_costs(
-        model,
+        grown,
         trained.outer,
         trained.blocks,
         sequence_length=experiment.data.sequence_length,

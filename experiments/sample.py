@@ -35,7 +35,7 @@ def main() -> None:
         prompts = [tokenizer.encode(prompt) for prompt in _PROMPT.value]
         if not all(prompts):
             raise UserError("--prompt is empty; give some text")
-        segments = plan_segments((frozenset(),) * config.num_layers)
+        segments = plan_segments((frozenset(),) * config.num_layers, config.layer_kinds)
         params = load_params(
             source,
             config,

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from opt_deus_jax.checkpoints.fused import split_fused
 from opt_deus_jax.checkpoints.gguf import open_gguf
 from opt_deus_jax.checkpoints.hf import open_hf_directory
 from opt_deus_jax.checkpoints.source import CheckpointSource
@@ -70,6 +71,7 @@ def _check_tied_head(source: CheckpointSource) -> None:
 
 def _checked(source: CheckpointSource) -> CheckpointSource:
     config = read_model_config(source.hf_config, f"{source.name}: config.json")
+    source = split_fused(source, config)
     expected = dict(named_tensors(config, config.num_layers))
     tensors = {k: v for k, v in source.tensors.items() if not k.endswith(_DERIVED_SUFFIX)}
     if config.tied_embeddings and _TIED_HEAD in tensors:

@@ -57,7 +57,7 @@ def load_model(
     devices = make_mesh(mesh or MeshConfig(), jax.devices())
     rows = TrainingConfig(batch_size=num_shards("batch", devices))
     check_fits(config, rows, devices)
-    segments = plan_segments((frozenset(),) * config.num_layers)
+    segments = plan_segments((frozenset(),) * config.num_layers, config.layer_kinds)
     shardings = param_shardings(config, segments, devices)
     params = load_params(source, config, segments, dtype=jnp.dtype(dtype), shardings=shardings)
     return LoadedModel(params, config, tokenizer, devices)

@@ -26,10 +26,13 @@ from opt_deus_jax.models.language_model import (
     Params,
     apply_block,
     causal_inputs,
+    embed,
     head_kernel,
     project_to_vocabulary,
+    segment_kinds,
 )
-from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.models.layer_kinds import LayerKind
+from opt_deus_jax.models.model_config import LogitsConfig, ModelConfig
 from opt_deus_jax.training.placement import put_rows
 
 # Predictions whose logits are in memory at once: most, and for the rest of a batch.
@@ -88,7 +91,9 @@ def score_continuations(
         for batch in batches(plans, batch_tokens, num_shards("batch", mesh)):
             rows = [lay_out(plan.members, sequences) for plan in batch]
             hidden_BTD = _run_rows(params, rows, batch[0].length, config, dtype, mesh)
-            for numbers, log_probabilities, hits in _score_rows(params, rows, hidden_BTD, mesh):
+            for numbers, log_probabilities, hits in _score_rows(
+                params, rows, hidden_BTD, config, mesh
+            ):
                 np.add.at(sums, numbers, log_probabilities)
                 np.logical_and.at(is_greedy, numbers, hits)
             on_scored(sum(len(plan.members) for plan in batch))
@@ -160,24 +165,24 @@ def packed_hidden_states(
     Returns:
         What the head is applied to.
     """
-    tokens_BT = constrain(tokens_BT, "lookup_batch", "length")
-    x_BTD = params["embedding"][tokens_BT].astype(dtype)
-    x_BTD = constrain(x_BTD, "lookup_batch", "length", "width")
-    x_BTD = constrain(x_BTD, "batch", "length", "gathered_width")
+    x_BTD = embed(params, tokens_BT, config=config, dtype=dtype)
     inputs = causal_inputs(config, positions_BT)._replace(ends_BT=ends_BT)
 
-    def apply_pattern(x: Array, pattern: list[BlockParams]) -> tuple[Array, None]:
-        for block in pattern:
-            x, _ = apply_block(config, block, x, inputs)
+    def apply_pattern(
+        kinds: list[LayerKind], x: Array, pattern: list[BlockParams]
+    ) -> tuple[Array, None]:
+        for kind, block in zip(kinds, pattern, strict=True):
+            x, _ = apply_block(config, kind, block, x, inputs)
         return x, None
 
-    for segment in params["segments"]:
-        x_BTD, _ = jax.lax.scan(apply_pattern, x_BTD, segment)
-    return root_mean_square_norm(x_BTD, params["final_norm"], config.norm_epsilon)
+    all_kinds = segment_kinds(config, params)
+    for segment, kinds in zip(params["segments"], all_kinds, strict=True):
+        x_BTD, _ = jax.lax.scan(functools.partial(apply_pattern, kinds), x_BTD, segment)
+    return root_mean_square_norm(x_BTD, params["final_norm"], config.norm)
 
 
 def _score_rows(
-    params: Params, rows: Sequence[Row], hidden_BTD: Array, mesh: Mesh
+    params: Params, rows: Sequence[Row], hidden_BTD: Array, config: ModelConfig, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (sequence, log-probability, whether it is the most likely) of predicted tokens."""
     length = hidden_BTD.shape[1]
@@ -197,7 +202,8 @@ def _score_rows(
                 targets_CM[entry, column] = target
                 where.append((entry, column))
                 numbers.append(number)
-        waiting.append((numbers, where, _score_places(head, hidden_BTD, places_C, targets_CM)))
+        scores = _score_places(head, hidden_BTD, places_C, targets_CM, logits=config.logits)
+        waiting.append((numbers, where, scores))
     for numbers, where, (log_probabilities_CM, hits_CM) in waiting:
         index = tuple(np.array(where).T)
         yield np.array(numbers), np.asarray(log_probabilities_CM)[index], np.asarray(hits_CM)[index]
@@ -216,16 +222,18 @@ def _by_place(rows: Sequence[Row], length: int) -> list[tuple[int, list[tuple[in
     ]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="logits")
 def _score_places(
     head: dict[str, Any],
     hidden_BTD: Float[Array, "b t d"],
     places_C: Int[Array, " c"],
     targets_CM: Int[Array, "c m"],
+    *,
+    logits: LogitsConfig,
 ) -> tuple[Float[Array, "c m"], Bool[Array, "c m"]]:
     hidden_CD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[places_C]
     hidden_CD = constrain(hidden_CD, "batch", "gathered_width")
-    logits_CV = project_to_vocabulary(hidden_CD, head_kernel(head, hidden_BTD.dtype))
+    logits_CV = project_to_vocabulary(hidden_CD, head_kernel(head, hidden_BTD.dtype), logits)
     logits_CV = constrain(logits_CV, "batch", "vocabulary")
     normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
     best_C = jnp.argmax(logits_CV, axis=-1)

@@ -13,7 +13,8 @@ class Costs:
 
     FLOPs are those of the matrix products, a token, where a multiply-add is two. Attention counts
     every pair of tokens of a sequence, the masked half included, as utilisation is usually stated
-    (PaLM, arXiv 2204.02311, appendix B). Of long sequences `reference` leaves out up to three
+    (PaLM, arXiv 2204.02311, appendix B), and where a layer has a window, as many pairs a token as
+    that is wide. Of long sequences `reference` leaves out up to three
     eighths of the pairs, `cudnn` and `splash` nearly half.
 
     Attributes:
@@ -66,12 +67,13 @@ class _Wanted:
 
 def _wanted(names: frozenset[str], has_trained_below: bool) -> _Wanted:
     def trains(projection: str) -> bool:
-        return f"{projection}_kernel" in names or f"{projection}_bias" in names
+        return any(f"{projection}_{part}" in names for part in ("kernel", "bias", "norm"))
 
     normed = has_trained_below or "input_norm" in names
     query, key, value = (normed or trains(name) for name in ("query", "key", "value"))
     attended = query or key or value
-    mlp_normed = attended or trains("output") or "post_attention_norm" in names
+    mlp_normed = attended or trains("output") or "attention_output_norm" in names
+    mlp_normed = mlp_normed or "post_attention_norm" in names
     gated = mlp_normed or trains("gate") or trains("up")
     return _Wanted(normed, query, key, value, attended, mlp_normed, gated)
 
@@ -99,10 +101,13 @@ def _block_recomputed(
     if remat == "matmuls":
         # What the weights are applied to is stored, the weights are not, nor what they sum to.
         return attention_product * (wanted.attended or "output_kernel" in names)
-    if remat == "block" and (wanted.gated or "down_kernel" in names):
+    is_in_backward = wanted.gated or "down_kernel" in names or "mlp_output_norm" in names
+    if remat == "block" and is_in_backward:
         kernel = _kernel_flops(config)
-        # No gradient needs the product that ends the block.
-        return sum(kernel.values()) - kernel["down_kernel"] + 2 * attention_product
+        # No gradient needs the product that ends the block, unless a norm follows it.
+        ends_with_norm = "mlp_output_norm" in config.facts.norms
+        last = 0 if ends_with_norm else kernel["down_kernel"]
+        return sum(kernel.values()) - last + 2 * attention_product
     return 0
 
 
@@ -118,7 +123,7 @@ def count_costs(
     """Counts exactly.
 
     Args:
-        config: The network; its own depth is not used.
+        config: The network; its own depth is not used where all layers are of one kind.
         trained_outer: The trained parameters outside the blocks, of `outer_specs`; a tied
             embedding is both ends of the network.
         trained_blocks: For every layer from the bottom up, the trained parameters of its block, of
@@ -131,13 +136,19 @@ def count_costs(
         The counts.
     """
     specs, outer = block_specs(config), outer_specs(config)
-    product = 2 * sequence_length * config.num_heads * config.head_dim
+    products = [
+        2
+        * min(sequence_length, kind.window or sequence_length)
+        * config.num_heads
+        * config.head_dim
+        for kind in config.kinds_of(len(trained_blocks))
+    ]
     head = 2 * config.vocabulary_size * config.width
     parameters = len(trained_blocks) * block_size(config) + outer_size(config)
     trained = sum(outer[name].size for name in trained_outer)
     has_trained_below = "embedding" in trained_outer
     backward = recomputed = 0
-    for names in trained_blocks:
+    for names, product in zip(trained_blocks, products, strict=True):
         trained += sum(specs[name].size for name in names)
         wanted = _wanted(names, has_trained_below)
         backward += _block_backward(config, names, wanted, product)
@@ -146,11 +157,11 @@ def count_costs(
     head_is_trained = ("embedding" if config.tied_embeddings else "head") in trained_outer
     backward += head * (head_is_trained + (has_trained_below or "final_norm" in trained_outer))
     widest = max(max(spec.shape[:1]) for spec in specs.values())
-    block_forward = sum(_kernel_flops(config).values()) + 2 * product
+    kernels = len(trained_blocks) * sum(_kernel_flops(config).values())
     return Costs(
         parameters=parameters,
         trained_parameters=trained,
-        forward_flops=len(trained_blocks) * block_forward + head,
+        forward_flops=kernels + 2 * sum(products) + head,
         backward_flops=backward,
         recomputed_flops=recomputed,
         expansion_bytes=4

@@ -1,5 +1,7 @@
-"""The one Flax module: a pre-norm decoder block of the Llama family."""
+"""The one Flax module: a decoder block, built by the facts of its architecture."""
 
+import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,12 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opt_deus_jax.distributed.sharding import constrain, gather_width, num_shards
 from opt_deus_jax.models.attention import (
+    Scoring,
     causal_attention,
     matmul_precision,
     reference_attention,
 )
-from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.models.params import block_specs
+from opt_deus_jax.models.layer_kinds import LayerKind
+from opt_deus_jax.models.model_config import ModelConfig, NormConfig
+from opt_deus_jax.models.params import ParamSpec, block_specs
 from opt_deus_jax.models.rope import rotate
 from opt_deus_jax.models.tree_attention import tree_attention
 
@@ -23,8 +27,8 @@ class BlockInputs(NamedTuple):
     """What every block of a forward pass shares.
 
     Attributes:
-        cos_BTF: Cosines of the rotary embedding.
-        sin_BTF: Its sines.
+        rotary_tables: Cosines and sines of each rotary embedding of the network.
+        positions_BT: Position of each token in its sequence.
         example_BT: Without a cache: which example each token belongs to, where a row holds several
             that do not see each other.
         allowed_BTS: With a cache: which of its places each query may see.
@@ -33,8 +37,8 @@ class BlockInputs(NamedTuple):
             this one.
     """
 
-    cos_BTF: Float[Array, "b t f"]
-    sin_BTF: Float[Array, "b t f"]
+    rotary_tables: tuple[tuple[Float[Array, "b t f"], Float[Array, "b t f"]], ...]
+    positions_BT: Int[Array, "b t"]
     example_BT: Int[Array, "b t"] | None = None
     allowed_BTS: Bool[Array, "b t s"] | None = None
     cache_start: Array | None = None
@@ -49,22 +53,33 @@ class KeyValueCache(NamedTuple):
 
 
 def root_mean_square_norm(
-    x: Float[Array, "*b d"], scale_D: Float[Array, " d"], epsilon: float
+    x: Float[Array, "*b d"], scale_D: Float[Array, " d"], norm: NormConfig
 ) -> Float[Array, "*b d"]:
-    """RMSNorm in float32, as transformers' LlamaRMSNorm.
+    """RMSNorm in float32, as the norms of transformers' models.
 
     Args:
         x: Activations.
-        scale_D: The learned scale.
-        epsilon: Added to the mean square.
+        scale_D: The learned scale, as it is stored.
+        norm: How it is applied.
 
     Returns:
         The shape and dtype of x.
     """
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    scale = scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale_D.shape)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + norm.epsilon)
+    scale = scale_D.astype(jnp.float32 if norm.in_float32 else x.dtype)
+    scale = scale.reshape((1,) * (x.ndim - 1) + scale_D.shape)
+    if norm.offset:
+        scale = scale + norm.offset
+    if norm.in_float32:
+        return (normed * scale).astype(x.dtype)
     return normed.astype(x.dtype) * scale
+
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def _write(cache: KeyValueCache, seen: KeyValueCache, cache_start: Array) -> KeyValueCache:
@@ -77,17 +92,19 @@ def _write(cache: KeyValueCache, seen: KeyValueCache, cache_start: Array) -> Key
 
 
 class DecoderBlock(nn.Module):
-    """Attention and a gated MLP, each behind an RMSNorm and added to the residual stream.
+    """Attention and a gated MLP, each with its norms and added to the residual stream.
 
     Its parameters are exactly `block_specs(config)`, flat, kernels [out, in].
 
     Attributes:
-        config: The network.
+        config: The network; its depth does not matter.
+        kind: What this layer computes differently from others.
         attention: An implementation of `causal_attention`; with a cache it is always `reference`,
             for trees `tree_attention`.
     """
 
     config: ModelConfig
+    kind: LayerKind
     attention: str = "reference"
 
     @nn.compact
@@ -107,20 +124,8 @@ class DecoderBlock(nn.Module):
         Returns:
             The residual stream, and the keys and values that were attended to.
         """
-        specs, dtype = block_specs(self.config), x_BTD.dtype
-        initializers = {
-            "normal": nn.initializers.normal(self.config.initializer_range),
-            "ones": nn.initializers.ones,
-            "zeros": nn.initializers.zeros,
-        }
-        params = {
-            # Cast first: what travels between devices is as small as what is multiplied.
-            name: gather_width(
-                self.param(name, initializers[spec.init], spec.shape, jnp.float32).astype(dtype),
-                spec.logical_axes,
-            )
-            for name, spec in specs.items()
-        }
+        config, dtype = self.config, x_BTD.dtype
+        params = self._params(dtype)
 
         def project(name: str, x: Array) -> Array:
             kernel = params[f"{name}_kernel"]
@@ -132,49 +137,98 @@ class DecoderBlock(nn.Module):
             bias = params.get(f"{name}_bias")
             return y if bias is None else y + bias[None, None]
 
+        def norm(name: str, x: Array) -> Array:
+            # A norm that the architecture does not have.
+            return root_mean_square_norm(x, params[name], config.norm) if name in params else x
+
+        def add(x_BTD: Array, name: str, branch: Array) -> Array:
+            branch = norm(name, branch)
+            if config.residual_multiplier != 1:
+                branch = branch * config.residual_multiplier
+            return constrain(x_BTD + branch, "batch", "length", "gathered_width")
+
         x_BTD = constrain(x_BTD, "batch", "length", "gathered_width")
-        normed = root_mean_square_norm(x_BTD, params["input_norm"], self.config.norm_epsilon)
+        normed = norm("input_norm", x_BTD)
         query, key, value = (project(name, normed) for name in ("query", "key", "value"))
-        attended, seen = self._attend(query, key, value, inputs, cache)
-        x_BTD = x_BTD + project("output", attended)
-        x_BTD = constrain(x_BTD, "batch", "length", "gathered_width")
-        normed = root_mean_square_norm(
-            x_BTD, params["post_attention_norm"], self.config.norm_epsilon
-        )
-        gated = jax.nn.silu(project("gate", normed)) * project("up", normed)
-        x_BTD = x_BTD + project("down", constrain(gated, "batch", "length", "mlp"))
-        return constrain(x_BTD, "batch", "length", "gathered_width"), seen
+        attended, seen = self._attend(query, key, value, params, inputs, cache)
+        x_BTD = add(x_BTD, "attention_output_norm", project("output", attended))
+        normed = norm("post_attention_norm", x_BTD)
+        gated = _ACTIVATIONS[config.activation](project("gate", normed)) * project("up", normed)
+        gated = constrain(gated, "batch", "length", "mlp")
+        return add(x_BTD, "mlp_output_norm", project("down", gated)), seen
+
+    def _params(self, dtype: jnp.dtype) -> dict[str, Array]:
+        initializers = {
+            "normal": nn.initializers.normal(self.config.initializer_range),
+            "ones": nn.initializers.ones,
+            "zeros": nn.initializers.zeros,
+        }
+
+        def param(name: str, spec: ParamSpec) -> Array:
+            value = self.param(name, initializers[spec.init], spec.shape, jnp.float32)
+            # Near the identity a scale of -1 + x would lose its x to the compute dtype.
+            is_float32 = name.endswith("_norm") and self.config.norm.in_float32
+            # Cast first: what travels between devices is as small as what is multiplied.
+            value = value.astype(jnp.float32 if is_float32 else dtype)
+            return gather_width(value, spec.logical_axes)
+
+        return {name: param(name, spec) for name, spec in block_specs(self.config).items()}
 
     def _attend(
         self,
         query: Array,
         key: Array,
         value: Array,
+        params: Mapping[str, Array],
         inputs: BlockInputs,
         cache: KeyValueCache | None,
     ) -> tuple[Array, KeyValueCache]:
+        config, kind = self.config, self.kind
+        scoring = Scoring(config.attention_scale, config.attention_soft_cap, kind.window)
+
         def split_heads(x: Array, axis: str) -> Array:
             return constrain(
-                x.reshape(*x.shape[:2], -1, self.config.head_dim),
+                x.reshape(*x.shape[:2], -1, config.head_dim),
                 *("batch", "length", axis, "head_dim"),
             )
 
+        def prepare(x: Array, name: str, axis: str) -> Array:
+            scale = params.get(name)
+            if scale is not None and config.facts.query_key_norm == "projection":
+                x = root_mean_square_norm(x, scale, config.norm)
+            x = split_heads(x, axis)
+            if scale is not None and config.facts.query_key_norm == "head":
+                x = root_mean_square_norm(x, scale, config.norm)
+            return x if kind.rope is None else rotate(x, *inputs.rotary_tables[kind.rope])
+
         # Fewer heads of keys than devices: each device then holds them all.
         kv_axis = (
-            "kv_heads" if self.config.num_kv_heads % num_shards("kv_heads") == 0 else "all_kv_heads"
+            "kv_heads" if config.num_kv_heads % num_shards("kv_heads") == 0 else "all_kv_heads"
         )
-        query = rotate(split_heads(query, "heads"), inputs.cos_BTF, inputs.sin_BTF)
-        key = rotate(split_heads(key, kv_axis), inputs.cos_BTF, inputs.sin_BTF)
-        seen = KeyValueCache(key, split_heads(value, kv_axis))
+        query = prepare(query, "query_norm", "heads")
+        seen = KeyValueCache(prepare(key, "key_norm", kv_axis), split_heads(value, kv_axis))
         if inputs.ends_BT is not None:
-            attended = tree_attention(query, *seen, inputs.ends_BT)
+            attended = tree_attention(query, *seen, inputs.ends_BT, inputs.positions_BT, scoring)
         elif cache is None:
-            attended = causal_attention(query, *seen, inputs.example_BT, self.attention)
+            attended = causal_attention(query, *seen, inputs.example_BT, self.attention, scoring)
         else:
             assert inputs.cache_start is not None
-            assert inputs.allowed_BTS is not None
             seen = _write(cache, seen, inputs.cache_start)
-            attended = reference_attention(query, *seen, inputs.allowed_BTS)
+            allowed_BTS = _allowed(inputs, kind.window)
+            attended = reference_attention(
+                query, *seen, allowed_BTS, scale=scoring.scale, soft_cap=scoring.soft_cap
+            )
         return constrain(
             attended.reshape(*attended.shape[:2], -1), "batch", "length", "heads"
         ), seen
+
+
+def _allowed(inputs: BlockInputs, window: int | None) -> Array:
+    """Which places of the cache each query may see in a layer with this window."""
+    assert inputs.cache_start is not None
+    assert inputs.allowed_BTS is not None
+    if window is None:
+        return inputs.allowed_BTS
+    _, queries, places = inputs.allowed_BTS.shape
+    place_1T1 = (inputs.cache_start + jnp.arange(queries))[None, :, None]
+    return inputs.allowed_BTS & (place_1T1 - jnp.arange(places)[None, None] < window)

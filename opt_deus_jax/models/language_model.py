@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_deus_jax.distributed.sharding import constrain, gather_width
-from opt_deus_jax.models.attention import ATTENDED, matmul_precision
+from opt_deus_jax.models.attention import ATTENDED, cap_softly, matmul_precision
 from opt_deus_jax.models.block import (
     BlockInputs,
     DecoderBlock,
     KeyValueCache,
     root_mean_square_norm,
 )
-from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.models.layer_kinds import LayerKind
+from opt_deus_jax.models.model_config import LogitsConfig, ModelConfig
 from opt_deus_jax.models.params import outer_specs
 from opt_deus_jax.models.rope import rotary_tables
 
@@ -32,7 +33,8 @@ def init_block(config: ModelConfig, key: Array) -> BlockParams:
     """Draws the parameters of one block, float32."""
     x_BTD = jnp.zeros((1, 1, config.width))
     positions = jnp.zeros((1, 1), jnp.int32)
-    variables: Any = DecoderBlock(config).init(key, x_BTD, causal_inputs(config, positions))
+    module = DecoderBlock(config, LayerKind())
+    variables: Any = module.init(key, x_BTD, causal_inputs(config, positions))
     return variables["params"]
 
 
@@ -45,12 +47,17 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
     Returns:
         A param pytree.
+
+    Raises:
+        ValueError: The layers differ in more than their weights.
     """
+    if len(set(config.layer_kinds)) > 1:
+        raise ValueError("layers of several kinds do not fit into one stack")
     key_outer, key_blocks = jax.random.split(key)
     params: Params = {}
     for i, (name, spec) in enumerate(outer_specs(config).items()):
-        if spec.init == "ones":
-            params[name] = jnp.ones(spec.shape)
+        if spec.init != "normal":
+            params[name] = jnp.full(spec.shape, float(spec.init == "ones"))
         else:
             drawn = jax.random.normal(jax.random.fold_in(key_outer, i), spec.shape)
             params[name] = drawn * config.initializer_range
@@ -63,7 +70,34 @@ def causal_inputs(
     config: ModelConfig, positions_BT: Int[Array, "b t"], example_BT: Array | None = None
 ) -> BlockInputs:
     """The inputs of a full causal forward pass without a cache."""
-    return BlockInputs(*rotary_tables(config.rope, config.head_dim, positions_BT), example_BT)
+    tables = (rotary_tables(rope, config.head_dim, positions_BT) for rope in config.ropes)
+    return BlockInputs(tuple(tables), positions_BT, example_BT)
+
+
+def segment_kinds(config: ModelConfig, params: Params) -> list[list[LayerKind]]:
+    """The kind of every block of the patterns of a param pytree.
+
+    Args:
+        config: The network.
+        params: A param pytree.
+
+    Returns:
+        For each segment, a kind for each place in its pattern.
+
+    Raises:
+        ValueError: Layers of different kinds are stacked, or the depth is another one.
+    """
+    repeats = [len(next(iter(segment[0].values()))) for segment in params["segments"]]
+    lengths = [len(segment) for segment in params["segments"]]
+    kinds = config.kinds_of(sum(r * n for r, n in zip(repeats, lengths, strict=True)))
+    found, first = [], 0
+    for count, length in zip(repeats, lengths, strict=True):
+        pattern = kinds[first : first + length]
+        if kinds[first : first + count * length] != pattern * count:
+            raise ValueError(f"the segment at depth {first} stacks layers of different kinds")
+        found.append(list(pattern))
+        first += count * length
+    return found
 
 
 def positions_within(example_BT: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -80,17 +114,23 @@ def positions_within(example_BT: Int[Array, "b t"]) -> Int[Array, "b t"]:
     return places_BT - jax.lax.cummax(jnp.where(is_first_BT, places_BT, 0), axis=1)
 
 
-def _embed(params: Params, tokens_BT: Array, dtype: jnp.dtype) -> Array:
+def embed(
+    params: Params, tokens_BT: Int[Array, "b t"], *, config: ModelConfig, dtype: jnp.dtype
+) -> Float[Array, "b t d"]:
+    """What the lowest block is given for some tokens."""
     # Each device looks up its part of the width for all sequences of its data group.
     tokens_BT = constrain(tokens_BT, "lookup_batch", "length")
     x_BTD = constrain(
         params["embedding"][tokens_BT].astype(dtype), "lookup_batch", "length", "width"
     )
+    if config.embedding_multiplier != 1:
+        x_BTD = x_BTD * jnp.asarray(config.embedding_multiplier, dtype)
     return constrain(x_BTD, "batch", "length", "gathered_width")
 
 
 def apply_block(
     config: ModelConfig,
+    kind: LayerKind,
     block: BlockParams,
     x_BTD: Float[Array, "b t d"],
     inputs: BlockInputs,
@@ -98,7 +138,7 @@ def apply_block(
     attention: str = "reference",
 ) -> tuple[Float[Array, "b t d"], KeyValueCache]:
     """Applies one `DecoderBlock` with the given parameters."""
-    module = DecoderBlock(config, attention)
+    module = DecoderBlock(config, kind, attention)
     return module.apply({"params": block}, x_BTD, inputs, cache)  # pyright: ignore
 
 
@@ -151,19 +191,24 @@ def hidden_states(
     inputs = causal_inputs(config, positions_BT, example_BT)
 
     # A block at a time: a pattern as a whole would also repeat the products between its blocks.
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_REMAT_POLICIES[remat])
-    def apply(x: Array, block: BlockParams) -> Array:
-        return apply_block(config, block, x, inputs, attention=attention)[0]
+    @functools.partial(
+        jax.checkpoint, prevent_cse=False, policy=_REMAT_POLICIES[remat], static_argnums=0
+    )
+    def apply(kind: LayerKind, x: Array, block: BlockParams) -> Array:
+        return apply_block(config, kind, block, x, inputs, attention=attention)[0]
 
-    def apply_pattern(x: Array, pattern: list[BlockParams]) -> tuple[Array, None]:
-        for block in pattern:
-            x = apply(x, block)
+    def apply_pattern(
+        kinds: list[LayerKind], x: Array, pattern: list[BlockParams]
+    ) -> tuple[Array, None]:
+        for kind, block in zip(kinds, pattern, strict=True):
+            x = apply(kind, x, block)
         return x, None
 
-    x_BTD = _embed(params, tokens_BT, dtype)
-    for segment in params["segments"]:
-        x_BTD, _ = jax.lax.scan(apply_pattern, x_BTD, segment)
-    return root_mean_square_norm(x_BTD, params["final_norm"], config.norm_epsilon)
+    x_BTD = embed(params, tokens_BT, config=config, dtype=dtype)
+    all_kinds = segment_kinds(config, params)
+    for segment, kinds in zip(params["segments"], all_kinds, strict=True):
+        x_BTD, _ = jax.lax.scan(functools.partial(apply_pattern, kinds), x_BTD, segment)
+    return root_mean_square_norm(x_BTD, params["final_norm"], config.norm)
 
 
 def head_kernel(params: Params, dtype: jnp.dtype) -> Float[Array, "v d"]:
@@ -173,16 +218,19 @@ def head_kernel(params: Params, dtype: jnp.dtype) -> Float[Array, "v d"]:
 
 
 def project_to_vocabulary(
-    hidden: Float[Array, "*b d"], head_VD: Float[Array, "v d"]
+    hidden: Float[Array, "*b d"], head_VD: Float[Array, "v d"], logits: LogitsConfig
 ) -> Float[Array, "*b v"]:
     """Logits in float32."""
-    return jnp.einsum(
+    products = jnp.einsum(
         "...d,vd->...v",
         hidden,
         head_VD,
         precision=matmul_precision(hidden.dtype),
         preferred_element_type=jnp.float32,
     )
+    if logits.divisor != 1:
+        products = products / logits.divisor
+    return cap_softly(products, logits.soft_cap)
 
 
 def logits(
@@ -190,7 +238,7 @@ def logits(
 ) -> Float[Array, "b t v"]:
     """Logits of every position, float32; for short inputs, since they are all in memory."""
     hidden = hidden_states(params, tokens_BT, config=config, dtype=dtype)
-    return project_to_vocabulary(hidden, head_kernel(params, dtype))
+    return project_to_vocabulary(hidden, head_kernel(params, dtype), config.logits)
 
 
 def cached_forward(
@@ -222,22 +270,25 @@ def cached_forward(
     inputs = causal_inputs(config, positions_BT)._replace(
         allowed_BTS=allowed_BTS, cache_start=cache_start
     )
-    x_BTD = _embed(params, tokens_BT, dtype)
+    x_BTD = embed(params, tokens_BT, config=config, dtype=dtype)
 
-    def apply_pattern(x: Array, stacked: tuple[Any, Any]) -> tuple[Array, list[KeyValueCache]]:
-        pattern, caches = stacked
+    def apply_pattern(
+        kinds: list[LayerKind], x: Array, stacked: tuple[Any, Any]
+    ) -> tuple[Array, list[KeyValueCache]]:
         updated = []
-        for block, block_cache in zip(pattern, caches, strict=True):
-            x, block_cache = apply_block(config, block, x, inputs, block_cache)
+        for kind, block, block_cache in zip(kinds, *stacked, strict=True):
+            x, block_cache = apply_block(config, kind, block, x, inputs, block_cache)
             updated.append(block_cache)
         return x, updated
 
     updated_cache = []
-    for segment, segment_cache in zip(params["segments"], cache, strict=True):
-        x_BTD, segment_cache = jax.lax.scan(apply_pattern, x_BTD, (segment, segment_cache))
+    all_kinds = segment_kinds(config, params)
+    for kinds, segment, segment_cache in zip(all_kinds, params["segments"], cache, strict=True):
+        step = functools.partial(apply_pattern, kinds)
+        x_BTD, segment_cache = jax.lax.scan(step, x_BTD, (segment, segment_cache))
         updated_cache.append(segment_cache)
-    last_BD = root_mean_square_norm(x_BTD[:, -1], params["final_norm"], config.norm_epsilon)
-    return project_to_vocabulary(last_BD, head_kernel(params, dtype)), updated_cache
+    last_BD = root_mean_square_norm(x_BTD[:, -1], params["final_norm"], config.norm)
+    return project_to_vocabulary(last_BD, head_kernel(params, dtype), config.logits), updated_cache
 
 
 def empty_cache(
@@ -247,7 +298,7 @@ def empty_cache(
     shape = (batch, length, config.num_kv_heads, config.head_dim)
 
     def of_block(block: BlockParams) -> KeyValueCache:
-        zeros = jnp.zeros((block["input_norm"].shape[0], *shape), dtype)
+        zeros = jnp.zeros((block["query_kernel"].shape[0], *shape), dtype)
         return KeyValueCache(zeros, zeros)
 
     return [[of_block(block) for block in segment] for segment in params["segments"]]

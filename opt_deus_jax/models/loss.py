@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from opt_deus_jax.distributed.sharding import constrain, num_shards
 from opt_deus_jax.models.attention import matmul_precision
 from opt_deus_jax.models.language_model import project_to_vocabulary
+from opt_deus_jax.models.model_config import LogitsConfig
 
 
 def _chunks(x_BT: Array, chunk_tokens: int) -> Array:
@@ -22,9 +23,10 @@ def _chunks(x_BT: Array, chunk_tokens: int) -> Array:
 
 
 def _chunk_loss(
-    hidden_BCD: Array, head_VD: Array, targets_BC: Array, weights_BC: Array
-) -> tuple[Array, Array]:
-    logits_BCV = project_to_vocabulary(hidden_BCD, head_VD)
+    hidden_BCD: Array, head_VD: Array, targets_BC: Array, weights_BC: Array, logits: LogitsConfig
+) -> tuple[Array, Array, Array | None]:
+    """Loss, probabilities, and the slope of the soft cap, where there is one."""
+    logits_BCV = project_to_vocabulary(hidden_BCD, head_VD, logits)
     logits_BCV = constrain(logits_BCV, "batch", "length", "vocabulary")
     # Exponentials are stored, not made again for the gradient: they cost more than memory does.
     highest_BC = jnp.max(logits_BCV, axis=-1)
@@ -32,16 +34,20 @@ def _chunk_loss(
     sum_BC = jnp.sum(exponentials_BCV, axis=-1)
     target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     loss = jnp.sum((jnp.log(sum_BC) + highest_BC - target_BC) * weights_BC)
-    return loss, exponentials_BCV / sum_BC[..., None]
+    slope_BCV = None
+    if logits.soft_cap is not None:
+        slope_BCV = 1 - (logits_BCV / logits.soft_cap) ** 2
+    return loss, exponentials_BCV / sum_BC[..., None], slope_BCV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_cross_entropy(
     hidden_BTD: Float[Array, "b t d"],
     head_VD: Float[Array, "v d"],
     targets_BT: Int[Array, "b t"],
     weights_BT: Float[Array, "b t"],
     chunk_tokens: int,
+    logits: LogitsConfig,
 ) -> Float[Array, ""]:
     """Sum over tokens of weight times cross-entropy in nats, float32.
 
@@ -55,6 +61,7 @@ def weighted_cross_entropy(
         targets_BT: The tokens to predict.
         weights_BT: float32; 0 leaves a token out. Not differentiated.
         chunk_tokens: Tokens a chunk on each device; at least one of each row.
+        logits: What is done to the products with the head.
 
     Returns:
         A scalar.
@@ -62,13 +69,13 @@ def weighted_cross_entropy(
 
     def step(total: Array, chunk: tuple) -> tuple[Array, None]:
         hidden, targets, weights = chunk
-        return total + _chunk_loss(hidden, head_VD, targets, weights)[0], None
+        return total + _chunk_loss(hidden, head_VD, targets, weights, logits)[0], None
 
     arrays = tuple(_chunks(x, chunk_tokens) for x in (hidden_BTD, targets_BT, weights_BT))
     return jax.lax.scan(step, jnp.zeros(()), arrays)[0]
 
 
-def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk_tokens):  # noqa: ANN001
+def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk_tokens, logits):  # noqa: ANN001
     hidden, head = hidden_BTD.value, head_VD.value
     head_is_trained = head_VD.perturbed
     precision = matmul_precision(hidden.dtype)
@@ -76,9 +83,13 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk_tokens):  # noqa
     def step(state: tuple, chunk: tuple) -> tuple[tuple, Array]:
         total, head_gradient = state
         hidden_BCD, targets, weights = chunk
-        loss, probabilities_BCV = _chunk_loss(hidden_BCD, head, targets, weights)
+        loss, probabilities_BCV, slope_BCV = _chunk_loss(hidden_BCD, head, targets, weights, logits)
         is_target_BCV = targets[..., None] == jnp.arange(head.shape[0])[None, None]
         gradient_BCV = (probabilities_BCV - is_target_BCV) * weights[..., None]
+        if logits.divisor != 1:
+            gradient_BCV = gradient_BCV / logits.divisor
+        if slope_BCV is not None:
+            gradient_BCV = gradient_BCV * slope_BCV
         gradient_BCV = gradient_BCV.astype(hidden_BCD.dtype)
         # Flat, as in `DecoderBlock`.
         gradient_MV = gradient_BCV.reshape(-1, head.shape[0])
@@ -106,7 +117,7 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk_tokens):  # noqa
     return total, (hidden_gradient, head_gradient)
 
 
-def _backward(chunk_tokens, residuals, cotangent):  # noqa: ANN001
+def _backward(chunk_tokens, logits, residuals, cotangent):  # noqa: ANN001
     hidden_gradient, head_gradient = residuals
     dtype = hidden_gradient.dtype
     head = None if head_gradient.ndim == 0 else (head_gradient * cotangent).astype(dtype)

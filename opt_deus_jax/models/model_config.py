@@ -1,196 +1,167 @@
 """The network's hyper-parameters, read from a Hugging Face config.json and nothing else."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.families import FAMILIES, FULL, INERT, SIZES, SLIDING, Family, Fields
+from opt_deus_jax.models.layer_kinds import LayerKind, grown_layer_fields, read_layer_kinds
+from opt_deus_jax.models.rope import RopeConfig, is_number, read_rope
 
-# Fields that do not change what the network computes: names, versions, generation defaults.
-_INERT = frozenset(
-    [
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "head_dim",
-        "hidden_size",
-        "id2label",
-        "initializer_range",
-        "intermediate_size",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "label2id",
-        "max_position_embeddings",
-        "model_type",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-        "vocab_size",
-        "attention_bias",
-        "mlp_bias",
-    ]
-)
-# Fields that are honoured only at the value that every Llama has.
-_REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0, 0.0, None),
-    "pretraining_tp": (1, None),
-    "rope_interleaved": (False, None),
-    "quantization_config": (None,),
-    "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
-    "pruned_heads": ({}, None),
-    "torchscript": (False,),
-    "sliding_window": (None,),
-}
-_ROPE_KEYS: Mapping[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset(
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    ),
-}
+# Activations of the MLP by transformers' names.
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+# Fields that may be absent for an architecture, with what then holds.
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar")
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding.
+class NormConfig:
+    """Root-mean-square norms.
 
     Attributes:
-        theta: Base of the frequencies.
-        kind: `default`, `linear` (position interpolation) or `llama3`.
-        factor: How much longer the context is than the original one.
-        low_frequency_factor: For `llama3`: wavelengths above original/low are stretched.
-        high_frequency_factor: For `llama3`: wavelengths below original/high are kept.
-        original_max_positions: For `llama3`: the context of pre-training.
+        epsilon: Added to the mean square.
+        offset: Added to the stored scale.
+        in_float32: Whether the scale is applied before the result is rounded to the compute dtype.
     """
 
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 1.0
-    original_max_positions: int = 0
+    epsilon: float
+    offset: float = 0.0
+    in_float32: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsConfig:
+    """What is done to the products with the head.
+
+    Attributes:
+        divisor: They are divided by it.
+        soft_cap: Then c tanh(x / c) is taken, where this c is not None.
+    """
+
+    divisor: float = 1.0
+    soft_cap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family network. Hashable, so it can be a static argument of jit."""
+    """The shape of a network. Hashable, so it can be a static argument of jit.
 
+    Attributes:
+        family: Its row of `FAMILIES`.
+        layer_kinds: For each layer from the bottom up.
+        ropes: The rotary embeddings that its layers choose from.
+        attention_scale: What products of queries and keys are multiplied by.
+        attention_soft_cap: Then c tanh(x / c) is taken, where this c is not None.
+        embedding_multiplier: What the embedded tokens are multiplied by.
+        residual_multiplier: What attention and MLP are multiplied by before they are added.
+    """
+
+    family: str
     vocabulary_size: int
     width: int
     mlp_width: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    norm_epsilon: float
-    rope: RopeConfig
+    layer_kinds: tuple[LayerKind, ...]
+    ropes: tuple[RopeConfig, ...]
+    norm: NormConfig
+    activation: str
     tied_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool
     mlp_bias: bool
+    attention_scale: float
+    attention_soft_cap: float | None
+    embedding_multiplier: float
+    residual_multiplier: float
+    logits: LogitsConfig
     initializer_range: float
 
+    @property
+    def num_layers(self) -> int:
+        """The depth."""
+        return len(self.layer_kinds)
 
-def _read_rope(hf_config: Mapping[str, Any], where: str) -> RopeConfig:
-    # transformers 5 writes one `rope_parameters`; before it, `rope_theta` and `rope_scaling`.
-    given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise UserError(f"{where}: field rope_scaling={given!r} must be an object or null")
-    fields = dict(given)
-    theta = fields.pop("rope_theta", hf_config.get("rope_theta", 10000.0))
-    kind = fields.pop("rope_type", fields.pop("type", "default"))
-    fields.pop("type", None)
-    if kind not in _ROPE_KEYS:
+    @property
+    def facts(self) -> Family:
+        """What the architecture always has."""
+        return FAMILIES[self.family]
+
+    def kinds_of(self, num_layers: int) -> tuple[LayerKind, ...]:
+        """The kinds of the layers of this network at its own depth, or at another if all are alike.
+
+        Args:
+            num_layers: A depth.
+
+        Returns:
+            One kind for each layer.
+
+        Raises:
+            ValueError: The layers differ, and the depth is another one.
+        """
+        if num_layers == self.num_layers:
+            return self.layer_kinds
+        if len(set(self.layer_kinds)) != 1:
+            raise ValueError(f"{num_layers} layers, but the config has {self.num_layers} kinds")
+        return self.layer_kinds[:1] * num_layers
+
+
+def _known_fields(hf_config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields that are honoured, with the defaults of those that are absent."""
+    model_type: Any = hf_config.get("model_type")
+    if model_type not in FAMILIES:
         raise UserError(
-            f"{where}: rope type {kind!r} is not supported; use a checkpoint with one of "
-            f"{', '.join(_ROPE_KEYS)}"
+            f"{where}: architecture model_type={model_type!r} is not supported; supported: "
+            f"{', '.join(FAMILIES)}"
         )
-    if not all(_is_number(value) for value in (theta, *fields.values())):
-        raise UserError(f"{where}: rope_theta={theta!r} and {fields} must be numbers")
-    if set(fields) != _ROPE_KEYS[kind]:
-        raise UserError(
-            f"{where}: rope type {kind!r} needs exactly the fields {sorted(_ROPE_KEYS[kind])}, "
-            f"found {sorted(fields)}; correct rope_scaling"
-        )
-    return RopeConfig(
-        theta=float(theta),
-        kind=kind,
-        factor=float(fields.get("factor", 1.0)),
-        low_frequency_factor=float(fields.get("low_freq_factor", 1.0)),
-        high_frequency_factor=float(fields.get("high_freq_factor", 1.0)),
-        original_max_positions=int(fields.get("original_max_position_embeddings", 0)),
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _refuse_unknown(hf_config: Mapping[str, Any], where: str) -> None:
-    model_type = hf_config.get("model_type")
-    if model_type != "llama":
-        raise UserError(
-            f"{where}: architecture model_type={model_type!r} is not supported; supported: llama"
-        )
+    family = FAMILIES[model_type]
+    fixed, defaults = family.all_fixed, family.all_defaults
     for key, value in hf_config.items():
-        if key in _REQUIRED_VALUES:
-            if value not in _REQUIRED_VALUES[key]:
+        if key in fixed:
+            if value not in fixed[key]:
                 raise UserError(
-                    f"{where}: field {key}={value!r} is not supported; it must be "
-                    f"{_REQUIRED_VALUES[key][0]!r}"
+                    f"{where}: field {key}={value!r} is not supported; it must be {fixed[key][0]!r}"
                 )
-        elif key not in _INERT:
+        elif key not in (*SIZES, *defaults, *family.inert) and key not in INERT:
             raise UserError(
                 f"{where}: unknown field {key}={value!r}; remove it if it does not change what "
                 "the network computes"
             )
+    return {**defaults, **hf_config}
 
 
-def _read_sizes(hf_config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
-    """Heads, KV heads and head size, once every number in the config is known to be sound."""
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    for key in (*needed, "num_attention_heads"):
-        if not isinstance(hf_config.get(key), int) or hf_config[key] < 1:
-            raise UserError(
-                f"{where}: field {key}={hf_config.get(key)!r} must be a positive integer"
-            )
+def _check_numbers(fields: Fields, where: str) -> None:
+    for key in SIZES:
+        value = fields.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}: field {key}={value!r} must be a positive integer")
     for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-        if not isinstance(hf_config.get(key), int | None):
-            raise UserError(f"{where}: field {key}={hf_config[key]!r} must be an integer")
-    for key in ("rms_norm_eps", "initializer_range"):
-        if not _is_number(hf_config.get(key, 1.0)):
-            raise UserError(f"{where}: field {key}={hf_config[key]!r} must be a number")
-    num_heads = hf_config["num_attention_heads"]
-    num_kv_heads = hf_config.get("num_key_value_heads") or num_heads
-    head_dim = hf_config.get("head_dim") or hf_config["hidden_size"] // num_heads
-    if not hf_config.get("head_dim") and hf_config["hidden_size"] % num_heads:
+        if not isinstance(fields[key], int | None):
+            raise UserError(f"{where}: field {key}={fields[key]!r} must be an integer")
+    for key in ("rms_norm_eps", "initializer_range", *_FACTORS):
+        if not is_number(fields.get(key, 1.0)):
+            raise UserError(f"{where}: field {key}={fields[key]!r} must be a number")
+    for key in ("rms_norm_eps", "logits_scaling", *_CAPS):
+        value = fields.get(key)
+        if value is not None and not (is_number(value) and math.isfinite(value) and value > 0):
+            raise UserError(f"{where}: field {key}={value!r} must be positive")
+
+
+def _read_sizes(fields: Fields, where: str) -> tuple[int, int, int]:
+    """Heads, KV heads and head size, once every number in the config is known to be sound."""
+    _check_numbers(fields, where)
+    num_heads = fields["num_attention_heads"]
+    num_kv_heads = fields["num_key_value_heads"] or num_heads
+    head_dim = fields["head_dim"] or fields["hidden_size"] // num_heads
+    if not fields["head_dim"] and fields["hidden_size"] % num_heads:
         raise UserError(
-            f"{where}: hidden_size={hf_config['hidden_size']} is not a multiple of "
+            f"{where}: hidden_size={fields['hidden_size']} is not a multiple of "
             f"num_attention_heads={num_heads}; add head_dim"
         )
     if num_heads % num_kv_heads:
@@ -200,14 +171,58 @@ def _read_sizes(hf_config: Mapping[str, Any], where: str) -> tuple[int, int, int
         )
     if head_dim % 2:
         raise UserError(f"{where}: head_dim={head_dim} must be even for rotary embeddings")
-    epsilon = float(hf_config.get("rms_norm_eps", 1e-6))
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise UserError(f"{where}: field rms_norm_eps={epsilon!r} must be positive")
     return num_heads, num_kv_heads, head_dim
 
 
+def _read_ropes(fields: Fields, head_dim: int, where: str) -> tuple[RopeConfig, ...]:
+    read = functools.partial(
+        read_rope, max_positions=int(fields["max_position_embeddings"]), where=where
+    )
+    # transformers 5 writes one `rope_parameters`; before it, `rope_theta` and `rope_scaling`.
+    given = fields["rope_parameters"]
+    if "rope_local_base_freq" in fields:
+        if given is not None and not (isinstance(given, Mapping) and set(given) <= {FULL, SLIDING}):
+            raise UserError(
+                f"{where}: field rope_parameters={given!r} must have an object for each of {FULL} "
+                f"and {SLIDING}"
+            )
+        given = given or {FULL: fields["rope_scaling"]}
+        return (
+            read(given.get(FULL), fields["rope_theta"]),
+            read(given.get(SLIDING), fields["rope_local_base_freq"]),
+        )
+    fraction = fields.get("partial_rotary_factor")
+    rope = read(given or fields["rope_scaling"], fields["rope_theta"], fraction=fraction)
+    if int(head_dim * rope.fraction) % 2 or not 0 < rope.fraction <= 1:
+        raise UserError(
+            f"{where}: field partial_rotary_factor={rope.fraction} must leave an even number of "
+            f"the {head_dim} dimensions of a head"
+        )
+    return (rope,)
+
+
+def _read_activation(fields: Fields, family: Family, where: str) -> str:
+    activation = fields[family.activation_field]
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"{where}: field {family.activation_field}={activation!r} is not supported; it must "
+            f"be one of {', '.join(ACTIVATIONS)}"
+        )
+    return activation
+
+
+def _attention_scale(fields: Fields, head_dim: int) -> float:
+    if "attention_multiplier" in fields:
+        return float(fields["attention_multiplier"])
+    return float(fields.get("query_pre_attn_scalar", head_dim)) ** -0.5
+
+
+def _cap(fields: Fields, key: str) -> float | None:
+    return None if fields.get(key) is None else float(fields[key])
+
+
 def read_model_config(hf_config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """Translates a Hugging Face config of the Llama architecture.
+    """Translates a Hugging Face config of one of the `FAMILIES`.
 
     Every field is honoured, known not to matter, or refused by name.
 
@@ -222,35 +237,63 @@ def read_model_config(hf_config: Mapping[str, Any], where: str = "config.json") 
         UserError: Another architecture, an unknown field or rope type, or sizes that contradict
             each other.
     """
-    _refuse_unknown(hf_config, where)
-    num_heads, num_kv_heads, head_dim = _read_sizes(hf_config, where)
+    fields = _known_fields(hf_config, where)
+    family = FAMILIES[fields["model_type"]]
+    num_heads, num_kv_heads, head_dim = _read_sizes(fields, where)
+    attention_bias = bool(fields.get("attention_bias", False))
+    width = fields["hidden_size"]
     return ModelConfig(
-        vocabulary_size=hf_config["vocab_size"],
-        width=hf_config["hidden_size"],
-        mlp_width=hf_config["intermediate_size"],
-        num_layers=hf_config["num_hidden_layers"],
+        family=fields["model_type"],
+        vocabulary_size=fields["vocab_size"],
+        width=width,
+        mlp_width=fields["intermediate_size"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=int(hf_config.get("max_position_embeddings", 2048)),
-        norm_epsilon=float(hf_config.get("rms_norm_eps", 1e-6)),
-        rope=_read_rope(hf_config, where),
-        tied_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-        attention_bias=bool(hf_config.get("attention_bias", False)),
-        mlp_bias=bool(hf_config.get("mlp_bias", False)),
-        initializer_range=float(hf_config.get("initializer_range", 0.02)),
+        max_positions=int(fields["max_position_embeddings"]),
+        layer_kinds=read_layer_kinds(fields, family, where),
+        ropes=_read_ropes(fields, head_dim, where),
+        norm=NormConfig(float(fields["rms_norm_eps"]), family.norm_offset, family.norm_in_float32),
+        activation=_read_activation(fields, family, where),
+        tied_embeddings=bool(fields["tie_word_embeddings"]),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        output_bias=attention_bias if family.output_bias is None else family.output_bias,
+        mlp_bias=bool(fields.get("mlp_bias", False)),
+        attention_scale=_attention_scale(fields, head_dim),
+        attention_soft_cap=_cap(fields, "attn_logit_softcapping"),
+        embedding_multiplier=(
+            width**0.5
+            if family.scales_embedding
+            else float(fields.get("embedding_multiplier", 1.0))
+        ),
+        residual_multiplier=float(fields.get("residual_multiplier", 1.0)),
+        logits=LogitsConfig(
+            float(fields.get("logits_scaling", 1.0)), _cap(fields, "final_logit_softcapping")
+        ),
+        initializer_range=float(fields["initializer_range"]),
     )
 
 
-def grown_hf_config(hf_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+def grown_hf_config(hf_config: Mapping[str, Any], parents: Sequence[int]) -> dict[str, Any]:
     """Rewrites every field that depends on depth.
 
     Args:
-        hf_config: The base's config.json; already accepted by `read_model_config`, which refuses
-            every field that it does not know, so no per-layer field can slip through.
-        num_layers: Depth of the grown model.
+        hf_config: The base's config.json; `read_model_config` refuses every field that it does not
+            know, so no per-layer field can slip through.
+        parents: For each layer of the grown model, the base layer whose kind it has.
 
     Returns:
         A new config.json.
+
+    Raises:
+        UserError: The base's is not supported.
+        ValueError: The architecture cannot say that its layers are of these kinds.
     """
-    return {**hf_config, "num_hidden_layers": num_layers}
+    base = read_model_config(hf_config)
+    if list(parents) == list(range(base.num_layers)):
+        return dict(hf_config)
+    grown = grown_layer_fields(hf_config, base.facts, base.layer_kinds, parents)
+    wanted = tuple(base.layer_kinds[parent] for parent in parents)
+    if read_model_config(grown).layer_kinds != wanted:
+        raise ValueError(f"the config of a {base.family} cannot describe layers {wanted}")
+    return grown

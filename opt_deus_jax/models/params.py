@@ -7,6 +7,10 @@ from typing import Literal
 
 from opt_deus_jax.models.model_config import ModelConfig
 
+_LAYER = "model.layers.{layer}."
+_OUTPUTS = ("output_kernel", "output_bias", "down_kernel", "down_bias")
+_OUTPUT_NORMS = ("attention_output_norm", "mlp_output_norm")
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -15,7 +19,8 @@ class ParamSpec:
     Attributes:
         shape: Kernels are [out, in], as checkpoints store them.
         logical_axes: A name for each axis, to be mapped to mesh axes.
-        hf_name: The tensor's Hugging Face name, with `{layer}` for block parameters.
+        hf_name: The tensor's Hugging Face name, with `{layer}` for block parameters; Llama's where
+            an architecture stores several kernels as one.
         init: How a fresh one is drawn.
     """
 
@@ -30,9 +35,23 @@ class ParamSpec:
         return math.prod(self.shape)
 
 
-# Kernels whose zeros make a residual block the identity.
-OUTPUT_KERNELS = ("output_kernel", "down_kernel")
-OUTPUT_BIASES = ("output_bias", "down_bias")
+def identity_values(config: ModelConfig) -> dict[str, float]:
+    """What makes a block the identity: the parameters that end its residual branches, all alike.
+
+    They are zeroed where the branch ends with them. Where a norm follows, its scale is: the
+    gradient of a norm at zero, 1 / sqrt(epsilon), is no step to begin with.
+
+    Args:
+        config: The network.
+
+    Returns:
+        The value of each of those parameters, by its name in the Flax module.
+    """
+    specs = block_specs(config)
+    names = [name for name in specs if name in _OUTPUT_NORMS]
+    if names:
+        return dict.fromkeys(names, 0.0 - config.norm.offset)
+    return dict.fromkeys((name for name in specs if name in _OUTPUTS), 0.0)
 
 
 def block_specs(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -42,36 +61,42 @@ def block_specs(config: ModelConfig) -> dict[str, ParamSpec]:
         config: The network.
 
     Returns:
-        Specs in the order in which the block uses them.
+        Specs in the order in which the block uses them, its norms first.
     """
-    width, mlp = config.width, config.mlp_width
+    width, mlp, facts = config.width, config.mlp_width, config.facts
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     kernels = (
-        ("query", "self_attn.q_proj", heads, width, "heads", "width", config.attention_bias),
-        ("key", "self_attn.k_proj", kv_heads, width, "kv_heads", "width", config.attention_bias),
-        ("value", "self_attn.v_proj", kv_heads, width, "kv_heads", "width", config.attention_bias),
-        ("output", "self_attn.o_proj", width, heads, "width", "heads", config.attention_bias),
+        ("query", "self_attn.q_proj", heads, width, "heads", "width", config.qkv_bias),
+        ("key", "self_attn.k_proj", kv_heads, width, "kv_heads", "width", config.qkv_bias),
+        ("value", "self_attn.v_proj", kv_heads, width, "kv_heads", "width", config.qkv_bias),
+        ("output", "self_attn.o_proj", width, heads, "width", "heads", config.output_bias),
         ("gate", "mlp.gate_proj", mlp, width, "mlp", "width", config.mlp_bias),
         ("up", "mlp.up_proj", mlp, width, "mlp", "width", config.mlp_bias),
         ("down", "mlp.down_proj", width, mlp, "width", "mlp", config.mlp_bias),
     )
-    prefix = "model.layers.{layer}."
     specs = {
-        name: ParamSpec((width,), ("width",), f"{prefix}{hf_name}.weight", "ones")
-        for name, hf_name in (
-            ("input_norm", "input_layernorm"),
-            ("post_attention_norm", "post_attention_layernorm"),
-        )
+        name: _norm_spec(config, width, "width", f"{_LAYER}{hf_name}.weight")
+        for name, hf_name in facts.norms.items()
     }
     for name, hf_name, rows, columns, row_axis, column_axis, has_bias in kernels:
         specs[f"{name}_kernel"] = ParamSpec(
-            (rows, columns), (row_axis, column_axis), f"{prefix}{hf_name}.weight", "normal"
+            (rows, columns), (row_axis, column_axis), f"{_LAYER}{hf_name}.weight", "normal"
         )
         if has_bias:
             specs[f"{name}_bias"] = ParamSpec(
-                (rows,), (row_axis,), f"{prefix}{hf_name}.bias", "zeros"
+                (rows,), (row_axis,), f"{_LAYER}{hf_name}.bias", "zeros"
             )
+        if name in ("query", "key") and facts.query_key_norm != "none":
+            size, axis = (rows, row_axis)
+            if facts.query_key_norm == "head":
+                size, axis = config.head_dim, "head_dim"
+            norm_name = f"{_LAYER}self_attn.{name[0]}_norm.weight"
+            specs[f"{name}_norm"] = _norm_spec(config, size, axis, norm_name)
     return specs
+
+
+def _norm_spec(config: ModelConfig, size: int, axis: str, hf_name: str) -> ParamSpec:
+    return ParamSpec((size,), (axis,), hf_name, "zeros" if config.norm.offset else "ones")
 
 
 def outer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -86,7 +111,7 @@ def outer_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     vocabulary = ((config.vocabulary_size, config.width), ("vocabulary", "width"))
     specs = {
         "embedding": ParamSpec(*vocabulary, "model.embed_tokens.weight", "normal"),
-        "final_norm": ParamSpec((config.width,), ("width",), "model.norm.weight", "ones"),
+        "final_norm": _norm_spec(config, config.width, "width", "model.norm.weight"),
     }
     if not config.tied_embeddings:
         specs["head"] = ParamSpec(*vocabulary, "lm_head.weight", "normal")
@@ -111,6 +136,26 @@ def named_tensors(config: ModelConfig, num_layers: int) -> Iterator[tuple[str, P
     for name, spec in outer.items():
         if name != "embedding":
             yield spec.hf_name, spec
+
+
+def fused_names(config: ModelConfig, num_layers: int | None = None) -> dict[str, tuple[str, ...]]:
+    """The tensors that a checkpoint stores as one, [a; b; ...].
+
+    Args:
+        config: The network.
+        num_layers: Its depth, None for that of the config.
+
+    Returns:
+        Hugging Face names of the parts, which those of `named_tensors` are, by that of the whole.
+    """
+    depth = config.num_layers if num_layers is None else num_layers
+    return {
+        f"{_LAYER.format(layer=layer)}{whole}.weight": tuple(
+            f"{_LAYER.format(layer=layer)}{part}.weight" for part in parts
+        )
+        for layer in range(depth)
+        for whole, parts in config.facts.fused.items()
+    }
 
 
 def block_size(config: ModelConfig) -> int:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from opt_deus_jax.models.attention import matmul_precision
+from opt_deus_jax.models.attention import PLAIN, Scoring, cap_softly, matmul_precision
 
 # Scores of so many queries and keys, of all heads, are in memory at once: in short and long rows.
 _SHORT, _LONG = (128, 128), (256, 512)
@@ -18,6 +18,8 @@ def tree_attention(
     key_BTKH: Float[Array, "b t k h"],
     value_BTKH: Float[Array, "b t k h"],
     ends_BT: Int[Array, "b t"],
+    positions_BT: Int[Array, "b t"],
+    scoring: Scoring = PLAIN,
 ) -> Float[Array, "b t n h"]:
     """Grouped-query attention of each token to its ancestors and itself.
 
@@ -30,6 +32,8 @@ def tree_attention(
         key_BTKH: Rotated keys.
         value_BTKH: Values.
         ends_BT: Place after the last token that sees this one.
+        positions_BT: Depth of each token in the tree.
+        scoring: How scores are made, and how far back a token sees.
 
     Returns:
         The attended values, in the dtype of the queries.
@@ -49,10 +53,13 @@ def tree_attention(
     key_BKSH, value_BKSH = (pad(x).transpose(0, 2, 1, 3) for x in (key_BTKH, value_BTKH))
     # A padded token sees itself.
     ends_BS = jnp.maximum(pad(ends_BT), jnp.arange(padded)[None] + 1)
+    positions_BS = pad(positions_BT)
 
     def attend(start: Array) -> Array:
         chunk = jax.lax.dynamic_slice_in_dim(query_BKGTH, start, queries, axis=3)
-        return _attend_chunk(chunk, start, key_BKSH, value_BKSH, ends_BS, keys)
+        return _attend_chunk(
+            *(chunk, start, key_BKSH, value_BKSH, ends_BS, positions_BS), keys=keys, scoring=scoring
+        )
 
     attended_CBKGQH = jax.lax.map(attend, jnp.arange(0, padded, queries))
     attended_BCQKGH = attended_CBKGQH.transpose(1, 0, 4, 2, 3, 5)
@@ -65,9 +72,15 @@ def _attend_chunk(
     key_BKSH: Array,
     value_BKSH: Array,
     ends_BS: Array,
+    positions_BS: Array,
+    *,
     keys: int,
+    scoring: Scoring,
 ) -> Array:
     queries, head_dim = query_BKGQH.shape[3:]
+    scale = head_dim**-0.5 if scoring.scale is None else scoring.scale
+    window = scoring.window
+    position_BQ1 = jax.lax.dynamic_slice_in_dim(positions_BS, start, queries, axis=1)[..., None]
     precision = matmul_precision(query_BKGQH.dtype)
     place_1Q1 = (start + jnp.arange(queries))[None, :, None]
 
@@ -80,13 +93,17 @@ def _attend_chunk(
         ends_B1S = jax.lax.dynamic_slice_in_dim(ends_BS, first, keys, axis=1)[:, None]
         place_11S = (first + jnp.arange(keys))[None, None]
         allowed_BQS = (place_11S <= place_1Q1) & (place_1Q1 < ends_B1S)
+        if window is not None:
+            position_BS = jax.lax.dynamic_slice_in_dim(positions_BS, first, keys, axis=1)
+            allowed_BQS = allowed_BQS & (position_BQ1 - position_BS[:, None] < window)
         scores_BKGQS = jnp.einsum(
             "bkgqh,bksh->bkgqs",
             query_BKGQH,
             key,
             precision=precision,
             preferred_element_type=jnp.float32,
-        ) * (head_dim**-0.5)
+        )
+        scores_BKGQS = cap_softly(scores_BKGQS * scale, scoring.soft_cap)
         scores_BKGQS = jnp.where(allowed_BQS[:, None, None], scores_BKGQS, _HIDDEN)
         higher_BKGQ = jnp.maximum(highest_BKGQ, jnp.max(scores_BKGQS, axis=-1))
         weights_BKGQS = jnp.exp(scores_BKGQS - higher_BKGQ[..., None])

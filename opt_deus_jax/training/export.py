@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from opt_deus_jax.checkpoints.fused import fuse
 from opt_deus_jax.checkpoints.hf import create_directory, write_json, write_weights
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.checkpoints.saved_step import NOT_READ, SavedStep, find_step, load_some
@@ -77,10 +78,11 @@ def export_checkpoint(
         return expanded.read(name)
 
     frozen = [name for name in expanded.tensors if name not in names]
-    tensors = {name: expanded.tensors[name] for name in (*frozen, *names)}
+    in_order = {name: expanded.tensors[name] for name in (*frozen, *names)}
+    tensors, read_stored = fuse(in_order, read, config, config.num_layers)
 
     def fill(partial: Path) -> None:
-        write_weights(partial, tensors.items(), read, max_shard_bytes)
+        write_weights(partial, tensors, read_stored, max_shard_bytes)
         for file, content in expanded.side_files.items():
             (partial / file).write_bytes(content)
         write_json(partial / "config.json", expanded.hf_config)
@@ -106,10 +108,11 @@ def trained_tensors(
 
     Returns:
         (names, read). `read(name)` gives a float32 array; the stack that it belongs to stays in
-        memory until a tensor of another one is read, and the names are in the order of the stacks.
+        memory until a tensor of another one is read, or of as many others as are stored as one,
+        and the names are in the order of the stacks.
         It raises UserError where the checkpoint is damaged.
     """
-    segments = plan_segments(trained.blocks)
+    segments = plan_segments(trained.blocks, config.layer_kinds)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract, _ = partition(
         abstract_params(config, segments, np.dtype(np.float32), device),
@@ -127,11 +130,13 @@ def trained_tensors(
         else:
             places |= {name: (stack, row) for row, name in enumerate(names)}
     held: dict[tuple, np.ndarray] = {}
+    most_held = max((len(parts) for parts in config.facts.fused.values()), default=1)
 
     def read(name: str) -> np.ndarray:
         stack, row = places[name]
         if stack not in held:
-            held.clear()
+            while len(held) >= most_held:
+                del held[next(iter(held))]
             wanted = jax.tree_util.tree_map_with_path(
                 lambda path, leaf: leaf if path == stack else NOT_READ, abstract
             )

@@ -80,10 +80,11 @@ def make_program(
         compute_dtype=training.compute_dtype,
         packed=experiment.data.format != "text" and experiment.data.packing,
         head_dim=config.head_dim,
+        soft_cap=config.attention_soft_cap,
     )
     mesh = make_mesh(experiment.mesh, devices)
     check_fits(config, training, mesh)
-    segments = plan_segments(trained.blocks)
+    segments = plan_segments(trained.blocks, config.layer_kinds)
     mask = trained_mask(config, segments, trained.outer)
     schedule = learning_rate_schedule(experiment.optimizer, training.steps)
     optimizer = make_optimizer(experiment.optimizer, schedule)

@@ -14,6 +14,7 @@ import jax
 
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import Params
+from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, outer_specs
 
@@ -108,29 +109,39 @@ def depth_of(segment: Segment, repeat: int, place: int) -> int:
     return segment.first_depth + repeat * len(segment.pattern) + place
 
 
-def _candidates(trained_by_depth: tuple[BlockNames, ...], first: int) -> list[Segment]:
+# What tells the blocks of a pattern apart: their trained parameters and the kind of their layer.
+_Label = tuple[BlockNames, LayerKind | None]
+
+
+def _candidates(labels: tuple[_Label, ...], first: int) -> list[Segment]:
     # A longer pattern must repeat: unrepeated it would save no compilation. A frozen prefix in one
     # pattern with trained blocks would be kept for a backward pass that it does not need.
-    is_prefix = not any(trained_by_depth[: first + 1])
-    left = len(trained_by_depth) - first
+    is_prefix = not any(names for names, _ in labels[: first + 1])
+    left = len(labels) - first
     found = []
     for length in range(1, left + 1):
-        pattern = trained_by_depth[first : first + length]
-        if is_prefix and any(pattern):
+        pattern = labels[first : first + length]
+        names = tuple(names for names, _ in pattern)
+        if is_prefix and any(names):
             break
         repeats = 1
         while True:
             if length == 1 or repeats > 1:
-                found.append(Segment(pattern, repeats, first))
+                found.append(Segment(names, repeats, first))
             end = first + repeats * length
-            if trained_by_depth[end : end + length] != pattern:
+            if labels[end : end + length] != pattern:
                 break
             repeats += 1
     return found
 
 
-def plan_segments(trained_by_depth: Sequence[BlockNames]) -> tuple[Segment, ...]:
+def plan_segments(
+    trained_by_depth: Sequence[BlockNames], kinds: Sequence[LayerKind] = ()
+) -> tuple[Segment, ...]:
     """Covers the depth, in order, with the shortest repeated patterns.
+
+    Blocks are alike where the same of their parameters are trained and their layers are of one
+    kind: what a layer computes differently is static in the pattern, so none computes for two.
 
     The frozen blocks below the lowest trained one are never in one segment with trained blocks.
     With that, the fewest blocks are compiled (the sum of the lengths of the patterns is least);
@@ -139,16 +150,21 @@ def plan_segments(trained_by_depth: Sequence[BlockNames]) -> tuple[Segment, ...]
 
     Args:
         trained_by_depth: The trained parameters of each block, from the bottom up.
+        kinds: The kind of each layer, as `ModelConfig.layer_kinds`; none where all are alike.
 
     Returns:
         Segments; the top layout 32 -> 48 gives F x 16, then (T F) x 16.
 
     Raises:
-        ValueError: There is no block.
+        ValueError: There is no block, or not a kind for each.
     """
-    blocks = tuple(trained_by_depth)
-    if not blocks:
+    if not trained_by_depth:
         raise ValueError("a network needs at least one block")
+    if len(set(kinds)) <= 1:
+        kinds = tuple(kinds[:1]) * len(trained_by_depth)
+    blocks: tuple[_Label, ...] = tuple(
+        zip(trained_by_depth, kinds or [None] * len(trained_by_depth), strict=True)
+    )
     best: list[tuple[int, int, Segment | None]] = [(0, 0, None)] * (len(blocks) + 1)
     for first in reversed(range(len(blocks))):
         costs = []

@@ -1,6 +1,7 @@
 """Which settings a training has, and which of them a checkpoint may be taken up with."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def settings_of(
         trained: Its trained parameters.
 
     Returns:
-        Values that JSON keeps.
+        Values as JSON gives them back.
     """
     parts = {
         "optimizer": dataclasses.asdict(experiment.optimizer),
@@ -93,7 +94,7 @@ def settings_of(
     settings["data.seed"] = experiment.data.seed
     settings["trained layers"] = "".join("T" if names else "F" for names in trained.blocks)
     settings["trained parameters"] = " ".join(sorted(trained.outer.union(*trained.blocks)))
-    return settings
+    return json.loads(json.dumps(settings))
 
 
 def refuse_other_settings(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

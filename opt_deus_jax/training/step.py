@@ -116,6 +116,7 @@ def loss_fn(
         tokens_BL[:, 1:],
         weights_BT,
         training.loss_chunk_tokens,
+        config.logits,
     )
 
 

@@ -9,7 +9,12 @@ import numpy as np
 
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.upscaling.blending import restore_rows
-from opt_deus_jax.upscaling.features import check_parameters, fold_features, unfold_features
+from opt_deus_jax.upscaling.features import (
+    check_parameters,
+    fold_features,
+    shift_norms,
+    unfold_features,
+)
 from opt_deus_jax.upscaling.new_block import Block
 
 _BRANCHES = (("value", "output"), ("up", "down"))
@@ -62,6 +67,8 @@ def balance_branches(block: Block, config: ModelConfig) -> dict[str, np.ndarray]
     check_parameters(block, "config field upscale.balance=True")
     if block["output_kernel"].any() or block["down_kernel"].any():
         raise ValueError("only a block whose output and down kernels are zero can be balanced")
+    offset = config.norm.offset
+    block = shift_norms(block, offset)
     features = fold_features(block, ("value", "up"))
     heads_KHD = features["value"].reshape(config.num_kv_heads, config.head_dim, -1)
     left, _, right = np.linalg.svd(heads_KHD, full_matrices=False)
@@ -72,4 +79,4 @@ def balance_branches(block: Block, config: ModelConfig) -> dict[str, np.ndarray]
         "value": even_KHD.reshape(features["value"].shape),
         "up": restore_rows(features["up"], np.full_like(up_norm_N1, up_norm_N1.mean())),
     }
-    return {**block, **unfold_features(balanced, block, block)}
+    return shift_norms({**block, **unfold_features(balanced, block, block)}, -offset)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from opt_deus_jax.checkpoints.fused import fuse, split_fused
 from opt_deus_jax.checkpoints.hf import (
     combine_hashes,
     create_directory,
@@ -31,7 +32,7 @@ from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.fusion import fuse_blocks, transport_epsilon
 from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
 from opt_deus_jax.upscaling.layout import LayerOrigin
-from opt_deus_jax.upscaling.methods import Method, plan_layers, resolve_method
+from opt_deus_jax.upscaling.methods import Method, layer_parents, plan_layers, resolve_method
 from opt_deus_jax.upscaling.new_block import Fused, TransportMap
 
 Draw = Callable[[Path, Mapping[str, TransportMap], dict[int, tuple[MatrixReport, ...]]], None]
@@ -60,6 +61,7 @@ class _Plan:
     upscale: UpscaleConfig
     method: Method
     layers: tuple[LayerOrigin, ...]
+    parents: tuple[int, ...]
 
 
 def _finite_float32(source: CheckpointSource, name: str) -> np.ndarray:
@@ -78,20 +80,12 @@ def _read_block(source: CheckpointSource, config: ModelConfig, layer: int) -> di
     }
 
 
-def _parent_of_dtype(origin: LayerOrigin) -> int:
-    parent = origin.previous if origin.next is None else origin.next
-    if parent is None:
-        raise ValueError(f"layer {origin.depth} is neither a base layer nor has a parent")
-    return parent
-
-
 def _planned_tensors(source: CheckpointSource, plan: _Plan) -> dict[str, tuple[TensorInfo, str]]:
     """Every grown tensor, with the base tensor that it equals or takes its dtype from."""
     planned: dict[str, tuple[TensorInfo, str]] = {}
     outer = outer_specs(plan.config)
     names = [(outer["embedding"].hf_name, outer["embedding"].hf_name)]
-    for origin in plan.layers:
-        like = _parent_of_dtype(origin) if origin.base_layer is None else origin.base_layer
+    for origin, like in zip(plan.layers, plan.parents, strict=True):
         names += [
             (spec.hf_name.format(layer=origin.depth), spec.hf_name.format(layer=like))
             for spec in block_specs(plan.config).values()
@@ -265,17 +259,21 @@ def expand_checkpoint(
     config = read_model_config(source.hf_config, f"{source.name}: config.json")
     method = resolve_method(upscale)
     base = manifest_of(source) if upscale.method == "base" else None
-    plan = _Plan(config, upscale, method, plan_layers(upscale, config.num_layers, base))
+    layers = plan_layers(upscale, config.num_layers, base)
+    plan = _Plan(config, upscale, method, layers, layer_parents(method, layers))
     reader = _Reader(source, plan, on_layer)
-    tensors = [(name, info) for name, (info, _) in reader.planned.items()]
+    planned = {name: info for name, (info, _) in reader.planned.items()}
+    tensors, read = fuse(planned, reader.read, config, len(layers))
     made: list[tuple[Manifest, IdentityReport]] = []
 
     def fill(partial: Path) -> None:
-        write_weights(partial, tensors, reader.read, max_shard_bytes)
+        write_weights(partial, tensors, read, max_shard_bytes)
         for file, content in source.side_files.items():
             (partial / file).write_bytes(content)
-        write_json(partial / "config.json", grown_hf_config(source.hf_config, len(plan.layers)))
+        hf_config = grown_hf_config(source.hf_config, plan.parents)
+        write_json(partial / "config.json", hf_config)
         grown = open_hf_directory(partial, str(directory))
+        grown = split_fused(grown, read_model_config(hf_config))
         identity = compare_to_base(source, grown, probe_BT)
         if (method.zero_init or upscale.method == "base") and not identity.bit_identical:
             raise UserError(

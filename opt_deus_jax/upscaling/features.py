@@ -46,30 +46,46 @@ class UnitMatch(NamedTuple):
     coupling: Coupling | None = None
 
 
-def check_parameters(block: Block, field: str) -> None:
+def check_parameters(block: Block, field: str, also: tuple[str, ...] = ()) -> None:
     """Refuses a block whose features are not known here.
 
     Args:
         block: Arrays by parameter name.
         field: What was asked for, to be named where it is refused.
+        also: Parameters that are known beside those of a Llama.
 
     Raises:
-        UserError: It has a parameter that a permutation or rotation of features might not leave
-            alone.
+        UserError: It has a parameter that a change of its features might not leave alone.
     """
     known = {f"{name}_{kind}" for name in (*_NORM_OF, *_OUTPUTS) for kind in ("kernel", "bias")}
-    unknown = sorted(block.keys() - known - set(NORMS))
+    unknown = sorted(block.keys() - known - {*NORMS, *also})
     if unknown:
         raise UserError(
             f"{field}: what leaves a block with {unknown[0]} unchanged is not known; use another"
         )
 
 
+def shift_norms(block: Block, offset: float) -> dict[str, np.ndarray]:
+    """Adds an offset to all norms: from what is stored to what is applied, or back.
+
+    Args:
+        block: Arrays by parameter name.
+        offset: `ModelConfig.norm.offset`, or its negative.
+
+    Returns:
+        A block that shares all other arrays.
+    """
+    if not offset:
+        return dict(block)
+    shift = np.float32(offset)
+    return {name: x + shift if name.endswith("_norm") else x for name, x in block.items()}
+
+
 def fold_features(block: Block, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Writes matrices of a block as rows of features.
 
     Args:
-        block: float32 arrays by parameter name.
+        block: float32 arrays by parameter name, norms as they are applied.
         names: Of `HEAD_MATRICES` and `NEURON_MATRICES`.
 
     Returns:
@@ -81,7 +97,8 @@ def fold_features(block: Block, names: tuple[str, ...]) -> dict[str, np.ndarray]
         if name in _OUTPUTS:
             features[name] = np.ascontiguousarray(kernel.T)
             continue
-        folded = kernel * block[_NORM_OF[name]]
+        # Some architectures have no norm there.
+        folded = kernel * block.get(_NORM_OF[name], np.float32(1))
         if f"{name}_bias" in block:
             folded = np.concatenate([folded, block[f"{name}_bias"][:, None]], axis=1)
         features[name] = folded
@@ -104,10 +121,11 @@ def unfold_features(features: Features, norms: Block, like: Block) -> dict[str, 
         if name in _OUTPUTS:
             block[f"{name}_kernel"] = np.ascontiguousarray(rows.T)
             continue
-        norm = norms[_NORM_OF[name]]
-        divisor = np.where(norm == 0, np.float32(1), norm)
-        block[_NORM_OF[name]] = norm
-        block[f"{name}_kernel"] = rows[:, : len(norm)] / divisor
+        width = like[f"{name}_kernel"].shape[1]
+        block[f"{name}_kernel"] = rows[:, :width].copy()
+        if _NORM_OF[name] in norms:
+            norm = block[_NORM_OF[name]] = norms[_NORM_OF[name]]
+            block[f"{name}_kernel"] /= np.where(norm == 0, np.float32(1), norm)
         if f"{name}_bias" in like:
             block[f"{name}_bias"] = rows[:, -1].copy()
     return block

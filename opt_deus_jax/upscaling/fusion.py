@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.models.params import OUTPUT_BIASES, OUTPUT_KERNELS, block_specs
+from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.transport.assignment import solve_assignment
 from opt_deus_jax.transport.diagnostics import MatrixReport, report
 from opt_deus_jax.transport.sinkhorn import (
@@ -21,6 +21,7 @@ from opt_deus_jax.transport.sinkhorn import (
 )
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
+from opt_deus_jax.upscaling.features import shift_norms
 from opt_deus_jax.upscaling.new_block import Block, Fused
 from opt_deus_jax.upscaling.symmetric import fuse_symmetric
 from opt_deus_jax.upscaling.twin import twin_block
@@ -93,6 +94,10 @@ def align(
     return Aligned(coupling, map_MN, _average(map_MN, previous_MD, next_ND))
 
 
+def _is_norm(name: str) -> bool:
+    return name.endswith("_norm")
+
+
 def _transport(
     previous: Block,
     next_: Block,
@@ -100,12 +105,18 @@ def _transport(
     transport: str,
     epsilon: float | None,
     fusion: str,
-    zero_init: bool,
+    norm_offset: float,
+    needs_down: bool,
 ) -> Fused:
-    """OpT-DeUS, in the order of its authors' code (Cao et al. 2025; DESIGN, section 2)."""
-    a = {name: jnp.asarray(value) for name, value in previous.items()}
-    b = {name: jnp.asarray(value) for name, value in next_.items()}
-    fused = {"input_norm": (a["input_norm"] + b["input_norm"]) / 2}
+    """OpT-DeUS, in the order of its authors' code (Cao et al. 2025; DESIGN, section 2).
+
+    Norms that Llama does not have are averaged; those of whole projections follow their rows.
+    """
+    a, b = (
+        {name: jnp.asarray(value) for name, value in shift_norms(block, norm_offset).items()}
+        for block in (previous, next_)
+    )
+    fused = {name: (a[name] + b[name]) / 2 for name in a if _is_norm(name)}
     reports: list[MatrixReport] = []
     maps: dict[str, Array] = {}
 
@@ -123,23 +134,28 @@ def _transport(
         maps[name] = aligned.map_MN
         fused[f"{name}_kernel"] = fused_kernel
         reports.append(report(name, aligned.coupling, fused_kernel, kernel_a, kernel_b))
-        if f"{name}_bias" in a:
-            columns = (a[f"{name}_bias"][:, None], b[f"{name}_bias"][:, None])
-            fused[f"{name}_bias"] = _average(aligned.map_MN, *columns)[:, 0]
+        for row_name in (f"{name}_bias", f"{name}_norm"):
+            if row_name in a and a[row_name].size == kernel_a.shape[0]:
+                columns = (a[row_name][:, None], b[row_name][:, None])
+                fused[row_name] = _average(aligned.map_MN, *columns)[:, 0]
 
     for name in ("query", "key", "value", "output"):
         fuse(name, a[f"{name}_kernel"])
     output_map = maps["output"]
-    moved_norm = _move_columns(a["post_attention_norm"][None], output_map)[0]
-    norm_a = (moved_norm + a["post_attention_norm"]) / 2
-    fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
+    if "post_attention_norm" in a:
+        moved_norm = _move_columns(a["post_attention_norm"][None], output_map)[0]
+        norm_a = (moved_norm + a["post_attention_norm"]) / 2
+        fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
     for name in ("gate", "up"):
         fuse(name, _move_columns(a[f"{name}_kernel"], output_map))
-    # Zeroed afterwards, so its plan, on the widest matrix, would be thrown away.
-    if not zero_init:
+    if needs_down:
         fuse("down", a["down_kernel"])
     block = {name: np.asarray(value) for name, value in fused.items()}
-    return Fused(block, tuple(reports), {name: np.asarray(m) for name, m in maps.items()})
+    return Fused(
+        shift_norms(block, -norm_offset),
+        tuple(reports),
+        {name: np.asarray(m) for name, m in maps.items()},
+    )
 
 
 def _random_block(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
@@ -155,7 +171,7 @@ def _random_block(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 def _halved(block: Block) -> dict[str, np.ndarray]:
     # Norms are kept: the authors' fused norms are near the parents' mean, only kernels are halved.
-    return {k: v if k.endswith("_norm") else v / 2 for k, v in block.items()}
+    return {k: v if _is_norm(k) else v / 2 for k, v in block.items()}
 
 
 def _averaged(previous: Block, next_: Block, fusion: str) -> dict[str, np.ndarray]:
@@ -169,13 +185,13 @@ def _averaged(previous: Block, next_: Block, fusion: str) -> dict[str, np.ndarra
 def _end_branches(
     block: dict[str, np.ndarray], config: ModelConfig, zero_init: bool, output_scale: float
 ) -> dict[str, np.ndarray]:
-    """Zeroes or scales what writes to the residual stream; the parents' arrays are not touched."""
-    outputs = (name for name in block_specs(config) if name in OUTPUT_KERNELS + OUTPUT_BIASES)
-    for name in outputs:
+    """Zeroes or scales what ends the residual branches; the parents' arrays are not touched."""
+    specs = block_specs(config)
+    for name, zero in identity_values(config).items():
         if zero_init:
-            block[name] = np.zeros(block_specs(config)[name].shape, np.float32)
+            block[name] = np.full(specs[name].shape, zero, np.float32)
         elif output_scale != 1:
-            block[name] = block[name] * np.float32(output_scale)
+            block[name] = zero + np.float32(output_scale) * (block[name] - np.float32(zero))
     return block
 
 
@@ -202,11 +218,11 @@ def fuse_blocks(
         config: The network.
         weights: transport, average, copy_previous, copy_next, half_next (B's kernels and biases
             halved, its norms kept), random (N(0, 0.02), norms 1) or twin (`twin_block`).
-        zero_init: Set the output and down kernels, and their biases, to zero.
+        zero_init: Make the block the identity, by `identity_values`.
         transport: For `transport`: reference, barycentric, assignment or symmetric.
         epsilon: For `transport`: entropy; None takes the transport's own, for `symmetric` none.
         fusion: For `transport` and `average`: how the two are mixed (`blending.FUSIONS`).
-        output_scale: Without `zero_init`: a factor on the output and down kernels and biases.
+        output_scale: Without `zero_init`: a factor on what `identity_values` would fix.
         branch_scale: See `scale_branches`.
         balance: With `zero_init`: see `balance_branches`.
         seed: For `random`; give each new layer its own.
@@ -228,7 +244,9 @@ def fuse_blocks(
             transport=transport,
             epsilon=epsilon,
             fusion=fusion,
-            zero_init=zero_init,
+            norm_offset=config.norm.offset,
+            # Where it is zeroed its plan, on the widest matrix, would be thrown away.
+            needs_down=not (zero_init and "down_kernel" in identity_values(config)),
         )
     elif weights == "average":
         made = made._replace(block=_averaged(previous, next_, fusion))

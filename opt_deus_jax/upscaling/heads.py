@@ -1,9 +1,10 @@
 """Attention heads of one block matched with those of another, as far as functions allow it.
 
-What leaves attention as it is (Llama's, rotary, no q/k norms): any order of groups of query heads
+What leaves rotary attention as it is: any order of groups of query heads
 with their KV head; any order of query heads in a group; one rotation of each rotary plane of a
 group, of its queries and key alike, since scores are Re(q conj(k) e^{i theta (t - s)}); one
-orthogonal map of a group's values, undone by its outputs.
+orthogonal map of a group's values, undone by its outputs. Where queries and keys are normalised and
+scaled, dimension by dimension, only half a turn of a plane passes through: a sign.
 
 Queries could also be scaled against keys, and values against outputs. That is left out: the balance
 of adjacent layers is nearly the same, so averages gain nothing from it.
@@ -17,7 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
+from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.models.rope import inverse_frequencies
 from opt_deus_jax.transport.assignment import assign_by_gain
 from opt_deus_jax.transport.closed_form import nearest_phase, nearest_rotation, nuclear_norm
 from opt_deus_jax.upscaling.features import HEAD_MATRICES, Features, UnitMatch
@@ -51,16 +54,37 @@ def _scale_to_unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.float32(norm) if norm else rows
 
 
-def _planes(rows_ND: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of queries or keys as one complex row for each rotary plane (i, i + h/2): [f, n, d]."""
-    halves = rows_ND.reshape(-1, 2, head_dim // 2, rows_ND.shape[-1])
-    return np.swapaxes(halves[:, 0] + 1j * halves[:, 1], 0, 1)
+def _plane_dimensions(config: ModelConfig) -> np.ndarray:
+    """The two dimensions of a head that make each rotary plane: [2, f].
+
+    Those that are not rotated are paired in the same way: in them, any turn passes.
+    """
+    sizes = {len(inverse_frequencies(rope, config.head_dim)) for rope in config.ropes}
+    if len(sizes) > 1 or config.head_dim % 2:
+        raise UserError(
+            "config field upscale.transport='symmetric': cannot tell in what planes the heads of "
+            "all layers are rotated; use another"
+        )
+    rotated = 2 * sizes.pop() if sizes else 0
+    parts = ((0, rotated), (rotated, config.head_dim))
+    return np.concatenate([np.arange(*part).reshape(2, -1) for part in parts], axis=1)
 
 
-def _overlaps(a: Features, b: Features, head_dim: int) -> _Overlaps:
+def _planes(rows_ND: np.ndarray, dimensions_2F: np.ndarray) -> np.ndarray:
+    """Rows of queries or keys as one complex row for each rotary plane: [f, n, d]."""
+    heads_NHD = rows_ND.reshape(-1, dimensions_2F.size, rows_ND.shape[-1])
+    first, second = (heads_NHD[:, dimensions] for dimensions in dimensions_2F)
+    return np.swapaxes(first + 1j * second, 0, 1)
+
+
+def _overlaps(a: Features, b: Features, config: ModelConfig) -> _Overlaps:
+    head_dim, dimensions_2F = config.head_dim, _plane_dimensions(config)
+
     def in_planes(name: str) -> np.ndarray:
-        first, second = (_planes(rows[name], head_dim) for rows in (a, b))
-        return first @ np.conj(np.swapaxes(second, 1, 2))
+        first, second = (_planes(rows[name], dimensions_2F) for rows in (a, b))
+        overlap = first @ np.conj(np.swapaxes(second, 1, 2))
+        # Without an imaginary part the best phase is a sign.
+        return overlap if config.facts.query_key_norm == "none" else np.real(overlap) + 0j
 
     def in_heads(name: str) -> np.ndarray:
         product = (a[name] @ b[name].T).reshape(
@@ -118,10 +142,10 @@ def match_heads(a: Features, b: Features, config: ModelConfig) -> UnitMatch:
     Returns:
         The match.
     """
-    groups, head_dim = config.num_kv_heads, config.head_dim
+    groups = config.num_kv_heads
     heads = config.num_heads // groups
     a, b = ({name: _scale_to_unit(rows[name]) for name in HEAD_MATRICES} for rows in (a, b))
-    overlaps = _overlaps(a, b, head_dim)
+    overlaps = _overlaps(a, b, config)
     pairs: dict[tuple[int, int], _Group] = {}
     gain_KK = np.zeros((groups, groups))
     for i, j in np.ndindex(groups, groups):
@@ -138,38 +162,42 @@ def match_heads(a: Features, b: Features, config: ModelConfig) -> UnitMatch:
     square_KK = _squares(a, groups)[:, None] + _squares(b, groups)[None] - 2 * gain_KK
     cost_KK = np.sqrt(np.maximum(square_KK, 0))
     return UnitMatch(
-        maps=_head_maps(group_K, matched, heads),
+        maps=_head_maps(group_K, matched, _plane_dimensions(config)),
         source_U=group_K,
         mean_cost=float(cost_KK.mean()),
         matched_cost=float(cost_KK[group_K, np.arange(groups)].mean()),
     )
 
 
-def _head_maps(group_K: np.ndarray, matched: list[_Group], heads: int) -> dict[str, TransportMap]:
+def _head_maps(
+    group_K: np.ndarray, matched: list[_Group], dimensions_2F: np.ndarray
+) -> dict[str, TransportMap]:
+    heads = len(matched[0].head_R)
     head_N = np.concatenate(
         [heads * i + group.head_R for i, group in zip(group_K, matched, strict=True)]
     )
     phase_KF = np.stack([group.phase_F for group in matched])
     rotation_KHH = np.stack([group.rotation_HH for group in matched])
     return {
-        "query": _plane_map(head_N, np.repeat(phase_KF, heads, axis=0)),
-        "key": _plane_map(group_K, phase_KF),
+        "query": _plane_map(head_N, np.repeat(phase_KF, heads, axis=0), dimensions_2F),
+        "key": _plane_map(group_K, phase_KF, dimensions_2F),
         "value": _block_map(group_K, rotation_KHH),
         "output": _block_map(head_N, np.repeat(rotation_KHH, heads, axis=0)),
     }
 
 
-def _plane_map(head_N: np.ndarray, phase_NF: np.ndarray) -> sparse.csr_array:
+def _plane_map(
+    head_N: np.ndarray, phase_NF: np.ndarray, dimensions_2F: np.ndarray
+) -> sparse.csr_array:
     """Takes heads in an order and turns their planes."""
-    heads, planes = phase_NF.shape
-    turn_N2F2F = np.zeros((heads, 2, planes, 2, planes), np.float32)
-    plane_F = np.arange(planes)
+    turn_NHH = np.zeros((len(head_N), dimensions_2F.size, dimensions_2F.size), np.float32)
+    first, second = dimensions_2F
     cos_NF, sin_NF = np.real(phase_NF), np.imag(phase_NF)
-    turn_N2F2F[:, 0, plane_F, 0, plane_F] = cos_NF
-    turn_N2F2F[:, 0, plane_F, 1, plane_F] = -sin_NF
-    turn_N2F2F[:, 1, plane_F, 0, plane_F] = sin_NF
-    turn_N2F2F[:, 1, plane_F, 1, plane_F] = cos_NF
-    return _block_map(head_N, turn_N2F2F.reshape(heads, 2 * planes, 2 * planes))
+    turn_NHH[:, first, first] = cos_NF
+    turn_NHH[:, first, second] = -sin_NF
+    turn_NHH[:, second, first] = sin_NF
+    turn_NHH[:, second, second] = cos_NF
+    return _block_map(head_N, turn_NHH)
 
 
 def _block_map(head_N: np.ndarray, turn_NHH: np.ndarray) -> sparse.csr_array:

@@ -14,8 +14,10 @@ from opt_deus_jax.models.block import BlockInputs, root_mean_square_norm
 from opt_deus_jax.models.language_model import (
     apply_block,
     causal_inputs,
+    embed,
     project_to_vocabulary,
 )
+from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
 
@@ -38,21 +40,28 @@ class IdentityReport:
     mean_divergence: float
 
 
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _step(
+    config: ModelConfig,
+    kind: LayerKind,
+    block: dict[str, Array],
+    x_BTD: Array,
+    inputs: BlockInputs,
+) -> Array:
+    return apply_block(config, kind, block, x_BTD, inputs)[0]
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def _step(config: ModelConfig, block: dict[str, Array], x_BTD: Array, inputs: BlockInputs) -> Array:
-    return apply_block(config, block, x_BTD, inputs)[0]
-
-
-@functools.partial(jax.jit, static_argnames="epsilon")
-def _logits(x_BTD: Array, scale_D: Array, head_VD: Array, *, epsilon: float) -> Array:
-    return project_to_vocabulary(root_mean_square_norm(x_BTD, scale_D, epsilon), head_VD)
+def _logits(config: ModelConfig, x_BTD: Array, scale_D: Array, head_VD: Array) -> Array:
+    hidden_BTD = root_mean_square_norm(x_BTD, scale_D, config.norm)
+    return project_to_vocabulary(hidden_BTD, head_VD, config.logits)
 
 
 def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"]) -> np.ndarray:
     """Logits of a checkpoint with one block in memory at a time.
 
-    One block is compiled and applied layer by layer, so two checkpoints of the same shape go
-    through the same machine code.
+    One block of each kind is compiled and applied layer by layer, so two checkpoints of the same
+    shape go through the same machine code.
 
     Args:
         source: The checkpoint.
@@ -63,8 +72,7 @@ def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"])
     """
     config = read_model_config(source.hf_config, source.name)
     # Depth is not part of the block's computation; leaving it in would compile a block per depth.
-    config = dataclasses.replace(config, num_layers=1)
-    depth = source.hf_config["num_hidden_layers"]
+    kinds, config = config.layer_kinds, dataclasses.replace(config, layer_kinds=())
     outer = outer_specs(config)
 
     def load(hf_name: str) -> Array:
@@ -73,18 +81,20 @@ def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"])
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
     inputs = causal_inputs(config, jnp.asarray(positions_BT))
     embedding_VD = load(outer["embedding"].hf_name)
-    x_BTD = embedding_VD[jnp.asarray(tokens_BT)]
+    outer_params, dtype = {"embedding": embedding_VD}, jnp.dtype("float32")
+    x_BTD = embed(outer_params, jnp.asarray(tokens_BT), config=config, dtype=dtype)
+    del outer_params
     if "head" in outer:
         del embedding_VD
-    for layer in range(depth):
+    for layer, kind in enumerate(kinds):
         block = {
             name: load(spec.hf_name.format(layer=layer))
             for name, spec in block_specs(config).items()
         }
-        x_BTD = _step(config, block, x_BTD, inputs)
+        x_BTD = _step(config, kind, block, x_BTD, inputs)
     head_VD = load(outer["head"].hf_name) if "head" in outer else embedding_VD  # pyright: ignore
     scale_D = load(outer["final_norm"].hf_name)
-    return np.asarray(_logits(x_BTD, scale_D, head_VD, epsilon=config.norm_epsilon))
+    return np.asarray(_logits(config, x_BTD, scale_D, head_VD))
 
 
 def compare_to_base(

@@ -129,3 +129,28 @@ def plan_layout(
             above = layer + 1 if layer + 1 < num_layers else None
             origins.append(LayerOrigin(len(origins), None, layer, above, is_new=True))
     return tuple(origins)
+
+
+def parents_of(layers: Sequence[LayerOrigin], *, prefer_previous: bool) -> tuple[int, ...]:
+    """The base layer whose kind each layer of the grown model has.
+
+    Args:
+        layers: From `plan_layout`.
+        prefer_previous: Whether a new layer follows the one below it, as a copy of that must;
+            otherwise it follows the one above, where there is one.
+
+    Returns:
+        A base layer for each.
+
+    Raises:
+        ValueError: A layer is neither a base layer nor has a parent.
+    """
+    parents = []
+    for layer in layers:
+        in_order = (layer.next, layer.previous)
+        candidates = (layer.base_layer, *(in_order[::-1] if prefer_previous else in_order))
+        known = [candidate for candidate in candidates if candidate is not None]
+        if not known:
+            raise ValueError(f"layer {layer.depth} is neither a base layer nor has a parent")
+        parents.append(known[0])
+    return tuple(parents)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from opt_deus_jax.checkpoints.manifest import Manifest
 from opt_deus_jax.config import AS_PUBLISHED, UpscaleConfig
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.upscaling.layout import LayerOrigin, plan_layout
+from opt_deus_jax.upscaling.layout import LayerOrigin, parents_of, plan_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,20 @@ def _check_conditioning(config: UpscaleConfig, method: Method) -> None:
             "config field upscale.balance=True: keeps the function only where new layers start at "
             "zero; set upscale.zero_init=True or balance to False"
         )
+
+
+def layer_parents(method: Method, layers: Sequence[LayerOrigin]) -> tuple[int, ...]:
+    """The base layer whose kind and dtype each layer of the grown model has.
+
+    Args:
+        method: How new layers are made.
+        layers: From `plan_layers`.
+
+    Returns:
+        For a copy the layer that it is a copy of; for other new layers the one above, onto whose
+        neurons transport moves those of the one below.
+    """
+    return parents_of(layers, prefer_previous=method.weights == "copy_previous")
 
 
 def plan_layers(

@@ -23,12 +23,16 @@ from opt_deus_jax.upscaling.features import (
     UnitMatch,
     check_parameters,
     fold_features,
+    shift_norms,
     unfold_features,
 )
 from opt_deus_jax.upscaling.heads import match_heads
 from opt_deus_jax.upscaling.neurons import match_neurons
 from opt_deus_jax.upscaling.new_block import Block, Fused, TransportMap
 
+_QUERY_KEY_NORMS = ("query_norm", "key_norm")
+_OTHERS_OF_HEADS = (*_QUERY_KEY_NORMS, "output_bias", "attention_output_norm")
+_OTHERS_OF_NEURONS = ("down_bias", "mlp_output_norm")
 _FIELD = "config field upscale.transport='symmetric'"
 
 
@@ -38,7 +42,7 @@ class _Side(NamedTuple):
     units_name: str
     units: int
     matrices: tuple[str, ...]
-    output_bias: str
+    others: tuple[str, ...]
     match: Callable[[Features, Features], UnitMatch]
 
 
@@ -50,8 +54,8 @@ def _sides(config: ModelConfig, epsilon: float | None) -> tuple[_Side, _Side]:
         return match_neurons(a, b, epsilon)
 
     return (
-        _Side("heads", config.num_kv_heads, HEAD_MATRICES, "output_bias", heads),
-        _Side("neurons", config.mlp_width, NEURON_MATRICES, "down_bias", neurons),
+        _Side("heads", config.num_kv_heads, HEAD_MATRICES, _OTHERS_OF_HEADS, heads),
+        _Side("neurons", config.mlp_width, NEURON_MATRICES, _OTHERS_OF_NEURONS, neurons),
     )
 
 
@@ -69,14 +73,26 @@ def align_block(previous: Block, next_: Block, config: ModelConfig) -> dict[str,
     Raises:
         UserError: The block has parameters whose symmetries are not known here.
     """
-    check_parameters(previous, _FIELD)
+    check_parameters(previous, _FIELD, _OTHERS_OF_HEADS + _OTHERS_OF_NEURONS)
+    offset = config.norm.offset
+    previous, next_ = shift_norms(previous, offset), shift_norms(next_, offset)
     aligned = dict(previous)
     for side in _sides(config, None):
         a, b = (fold_features(block, side.matrices) for block in (previous, next_))
         match = side.match(a, b)
         moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
         aligned |= unfold_features(moved, previous, previous)
-    return aligned
+        aligned |= {name: _moved(name, previous, match) for name in side.others if name in previous}
+    return shift_norms(aligned, -offset)
+
+
+def _moved(name: str, previous: Block, match: UnitMatch) -> np.ndarray:
+    """A parameter beside the features: a norm over all heads follows their order, others stay."""
+    if name not in _QUERY_KEY_NORMS:
+        return previous[name]
+    map_MN = abs(match.maps[name.removesuffix("_norm")])
+    # Signs do not reach a scale; one for each dimension of a head is shared by all heads.
+    return map_MN.T @ previous[name] if map_MN.shape == 2 * previous[name].shape else previous[name]
 
 
 def _fused_norms(previous: Block, next_: Block) -> dict[str, np.ndarray]:
@@ -84,6 +100,7 @@ def _fused_norms(previous: Block, next_: Block) -> dict[str, np.ndarray]:
     return {
         name: np.copysign(np.sqrt((previous[name] ** 2 + next_[name] ** 2) / 2), next_[name])
         for name in NORMS
+        if name in next_
     }
 
 
@@ -111,7 +128,9 @@ def fuse_symmetric(
     Raises:
         UserError: The block has parameters whose symmetries are not known here.
     """
-    check_parameters(previous, _FIELD)
+    check_parameters(previous, _FIELD, _OTHERS_OF_HEADS + _OTHERS_OF_NEURONS)
+    offset = config.norm.offset
+    previous, next_ = shift_norms(previous, offset), shift_norms(next_, offset)
     norms = _fused_norms(previous, next_)
     fused: dict[str, np.ndarray] = {}
     reports: list[MatrixReport] = []
@@ -128,9 +147,10 @@ def fuse_symmetric(
             fused |= unfold_features({name: rows}, norms, next_)
         reports += [_report_units(side.units_name, match, lines), *lines]
         maps |= match.maps
-        if side.output_bias in next_:
-            bias_a, bias_b = (block[side.output_bias] for block in (previous, next_))
-            fused[side.output_bias] = bias_b + np.float32(share.mean()) * (bias_a - bias_b)
+        of_a = np.float32(share.mean())
+        for name in (name for name in side.others if name in next_):
+            fused[name] = next_[name] + of_a * (_moved(name, previous, match) - next_[name])
+    fused = shift_norms(fused, -offset)
     return Fused({name: fused[name] for name in next_}, tuple(reports), maps)
 
 

@@ -3,9 +3,13 @@
 import numpy as np
 
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.models.params import OUTPUT_BIASES
 from opt_deus_jax.upscaling.blending import importance
-from opt_deus_jax.upscaling.features import NEURON_MATRICES, check_parameters, fold_features
+from opt_deus_jax.upscaling.features import (
+    NEURON_MATRICES,
+    check_parameters,
+    fold_features,
+    shift_norms,
+)
 from opt_deus_jax.upscaling.new_block import Block
 
 
@@ -30,9 +34,8 @@ def twin_block(next_: Block, config: ModelConfig) -> dict[str, np.ndarray]:
     """
     check_parameters(next_, "config field upscale.method='twin'")
     pairs = config.mlp_width // 2
-    rank = np.argsort(
-        -importance(fold_features(next_, NEURON_MATRICES), config.mlp_width), kind="stable"
-    )
+    neurons = fold_features(shift_norms(next_, config.norm.offset), NEURON_MATRICES)
+    rank = np.argsort(-importance(neurons, config.mlp_width), kind="stable")
     half = np.sort(rank[:pairs])
     # An odd neuron out stands alone, with a column of zeros.
     chosen = np.concatenate([half, half, rank[pairs : pairs + config.mlp_width % 2]])
@@ -42,7 +45,7 @@ def twin_block(next_: Block, config: ModelConfig) -> dict[str, np.ndarray]:
         if name in block:
             block[name] = block[name][chosen]
     block["down_kernel"] = block["down_kernel"][:, chosen] * sign
-    for name in ("output_kernel", *OUTPUT_BIASES):
+    for name in ("output_kernel", "output_bias", "down_bias"):
         if name in block:
             block[name] = np.zeros_like(block[name])
     return block

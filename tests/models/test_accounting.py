@@ -173,11 +173,12 @@ def flops_that_are_needed(config: ModelConfig, names: TrainedNames) -> int:
         positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], (BATCH, LENGTH))
         inputs = causal_inputs(config, positions)
         x = merged["", "embedding"][tokens[:, :-1]]
-        for depth in range(len(names.blocks)):
+        for depth, kind in enumerate(config.kinds_of(len(names.blocks))):
             block = {name: merged[str(depth), name] for name in specs}
-            x, _ = apply_block(config, block, x, inputs)
-        x = root_mean_square_norm(x, merged["", "final_norm"], config.norm_epsilon)
-        logits = project_to_vocabulary(x, merged.get(("", "head"), merged["", "embedding"]))
+            x, _ = apply_block(config, kind, block, x, inputs)
+        x = root_mean_square_norm(x, merged["", "final_norm"], config.norm)
+        head = merged.get(("", "head"), merged["", "embedding"])
+        logits = project_to_vocabulary(x, head, config.logits)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.mean(losses)
 
@@ -220,6 +221,54 @@ def test_flops_of_a_part_of_the_lowest_block_are_those_needed(part: str):
     frozen, lowest, *upper = names.blocks
     as_scanned = TrainedNames(names.outer, (frozen, lowest | {"input_norm"}, *upper))
     assert costs_of(TINY, as_scanned).model_flops == flops_of_the_step(TINY, names)
+
+
+QKV = ("query", "key", "value")
+SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 8,
+         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+# Norms after the projections, of queries and keys, and for one layers of two kinds.
+OLMO2 = read_model_config({"model_type": "olmo2", **SIZES})
+GEMMA3 = read_model_config({
+    **{"model_type": "gemma3_text", **SIZES, "head_dim": 4, "sliding_window": LENGTH},
+    "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"] * 2,
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [OLMO2, GEMMA3], ids=["olmo2", "gemma3"])
+@pytest.mark.parametrize("trained", ["new", "all", "_norm", "post_feedforward", "q_norm|v_proj"])
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_flops_of_other_families_are_those_of_the_step(
+    config: ModelConfig, trained: str, remat: str
+):
+    # In the last three the lowest block is trained whole, which is as a scan takes it.
+    names = select_trained(config, placed("middle"), trained)
+    if trained in ("_norm", "post_feedforward", "q_norm|v_proj"):
+        whole = frozenset(block_specs(config))
+        names = TrainedNames(names.outer, (whole, *names.blocks[1:]))
+    counted = costs_of(config, names, remat=remat)
+    assert counted.model_flops == flops_that_are_needed(config, names)
+    step = flops_of_the_step(config, names, remat)
+    if "input_norm" not in block_specs(config) and trained != "all":
+        # A scan asks its lowest block for the gradient of its input, which nothing needs.
+        step -= sum(2 * block_specs(config)[f"{name}_kernel"].size for name in QKV)
+    assert counted.model_flops + counted.recomputed_flops == step
+
+
+@pytest.mark.parametrize("part", ["q_norm", "k_norm", "attention_layernorm", "feedforward"])
+def test_flops_of_a_norm_of_the_lowest_block_are_those_needed(part: str):
+    names = select_trained(OLMO2, [False] * 8, rf"layers\.[13].*{part}")
+    counted = costs_of(OLMO2, names)
+    assert counted.model_flops == flops_that_are_needed(OLMO2, names)
+
+
+def test_a_window_counts_the_pairs_within_it():
+    def forward(window: int) -> int:
+        config = {"model_type": "mistral", **SIZES, "sliding_window": window}
+        return costs(config, [False] * 8, "nothing", length=8).forward_flops
+
+    pair = 2 * 2 * 8  # multiply-adds of the score and of the weighted sum, of all heads
+    assert forward(8) == forward(100)
+    assert forward(8) - forward(5) == 8 * 3 * pair
 
 
 @pytest.mark.parametrize("outer", ["lm_head", "model.norm", "model.norm|lm_head", "embed_tokens"])

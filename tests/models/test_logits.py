@@ -41,6 +41,10 @@ VARIANTS = {
 }
 
 
+# Without an original context, which is then that of the model.
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers(variant):
     config = hf_config(num_hidden_layers=3, **VARIANTS[variant])
@@ -54,12 +58,17 @@ def test_logits_equal_transformers(variant):
     np.testing.assert_allclose(streamed_logits(source, tokens_BT), expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["default", "linear", "llama3"])
+@pytest.mark.parametrize(
+    "name", ["default", "linear", "llama3", "yarn", "yarn_mscale", "yarn_flat"]
+)
 def test_rotary_frequencies_equal_transformers(name):
     scaling = {
         "default": None,
         "linear": {"rope_type": "linear", "factor": 8.0},
         "llama3": LLAMA3_ROPE | {"factor": 32.0, "original_max_position_embeddings": 8192},
+        "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+        "yarn_mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 20},
+        "yarn_flat": YARN | {"attention_factor": 0.9, "truncate": False, "beta_slow": 0.5},
     }[name]
     config = hf_config(head_dim=128, rope_theta=500000.0, rope_scaling=scaling)
     oracle = transformers.LlamaConfig(**config)
@@ -67,8 +76,10 @@ def test_rotary_frequencies_equal_transformers(name):
         rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(oracle)
         expected = rotary.inv_freq
     else:
-        expected, _ = ROPE_INIT_FUNCTIONS[name](oracle, torch.device("cpu"))
-    ours = inverse_frequencies(read_model_config(config).rope, 128)
+        kind = name.split("_")[0]
+        expected, factor = ROPE_INIT_FUNCTIONS[kind](oracle, torch.device("cpu"))
+        np.testing.assert_allclose(read_model_config(config).ropes[0].table_factor, factor)
+    ours = inverse_frequencies(read_model_config(config).ropes[0], 128)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6)
 

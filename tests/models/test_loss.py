@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from opt_deus_jax.models import loss
+from opt_deus_jax.models.model_config import LogitsConfig
 
+PLAIN = LogitsConfig()
 ROWS, TOKENS, WIDTH, VOCABULARY = 2, 5, 6, 23
 
 
@@ -17,26 +19,35 @@ def inputs():
     return hidden, head, targets, weights
 
 
-def weighted_cross_entropy(*arguments) -> jax.Array:
-    return loss.weighted_cross_entropy(*arguments)  # pyright: ignore[reportReturnType]
+def weighted_cross_entropy(*arguments, logits=PLAIN) -> jax.Array:
+    return loss.weighted_cross_entropy(*arguments, logits)  # pyright: ignore[reportReturnType]
 
 
-def plain(hidden, head, targets, weights):
-    log_probabilities = jax.nn.log_softmax(hidden @ head.T)
+def plain(hidden, head, targets, weights, logits=PLAIN):
+    products = hidden @ head.T / logits.divisor
+    if logits.soft_cap is not None:
+        products = logits.soft_cap * jnp.tanh(products / logits.soft_cap)
+    log_probabilities = jax.nn.log_softmax(products)
     return -jnp.sum(
         weights * jnp.take_along_axis(log_probabilities, targets[..., None], -1)[..., 0]
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])
-def test_loss_and_both_gradients_equal_the_plain_formula(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "logits"),
+    [
+        *((chunk, PLAIN) for chunk in (1, 4, 5, 10, 64)),
+        *((4, LogitsConfig(7.0)), (4, LogitsConfig(1.0, 2.0)), (4, LogitsConfig(0.3, 2.0))),
+    ],
+)
+def test_loss_and_both_gradients_equal_the_plain_formula(chunk, logits):
     hidden, head, targets, weights = inputs()
 
     def chunked(hidden, head):
-        return 3 * weighted_cross_entropy(hidden, head, targets, weights, chunk)
+        return 3 * weighted_cross_entropy(hidden, head, targets, weights, chunk, logits=logits)
 
     def expected(hidden, head):
-        return 3 * plain(hidden, head, targets, weights)
+        return 3 * plain(hidden, head, targets, weights, logits)
 
     value, gradients = jax.value_and_grad(chunked, (0, 1))(hidden, head)
     value_of_plain, gradients_of_plain = jax.value_and_grad(expected, (0, 1))(hidden, head)

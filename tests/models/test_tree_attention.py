@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opt_deus_jax.models.attention import reference_attention
+from opt_deus_jax.models.attention import Scoring, reference_attention
 from opt_deus_jax.models.tree_attention import tree_attention
 
 
@@ -33,5 +33,16 @@ def test_equals_the_reference(batch: int, length: int) -> None:
     )
     assert not allowed.all(axis=(0, 2)).any()
     expected = reference_attention(query, key, value, jnp.asarray(allowed))
-    found = tree_attention(query, key, value, jnp.asarray(ends_BT))
+    # A token's depth is the number of tokens before it that see it.
+    positions_BT = allowed.sum(axis=-1, dtype=np.int32) - 1
+    trees = jnp.asarray(ends_BT), jnp.asarray(positions_BT)
+    found = tree_attention(query, key, value, *trees)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    if length == 300:
+        near = allowed & (positions_BT[:, :, None] - positions_BT[:, None] < 7)
+        assert near.sum() < allowed.sum() / 2
+        expected = reference_attention(
+            query, key, value, jnp.asarray(near), scale=0.3, soft_cap=1.5
+        )
+        found = tree_attention(query, key, value, *trees, Scoring(0.3, 1.5, 7))
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)

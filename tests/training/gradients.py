@@ -26,7 +26,7 @@ def gradient_jaxpr(
     config: ModelConfig, names: TrainedNames, training: TrainingConfig, batch: int, length: int
 ) -> Any:
     """What `jax.value_and_grad(loss_fn)` computes for a batch of text."""
-    segments = plan_segments(names.blocks)
+    segments = plan_segments(names.blocks, config.kinds_of(len(names.blocks)))
     params: dict[str, Any] = {k: abstract(spec.shape) for k, spec in outer_specs(config).items()}
     params["segments"] = [
         [

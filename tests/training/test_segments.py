@@ -9,6 +9,7 @@ import pytest
 
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import logits
+from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
 from opt_deus_jax.training.segments import (
@@ -107,9 +108,33 @@ def test_random_depths_are_covered_in_order(seed: int):
     assert all(not any(segment.pattern) for segment in segments if segment.first_depth < lowest)
 
 
+L, G = LayerKind(window=4, rope=1), LayerKind()
+
+
+def test_layers_of_several_kinds_are_stacked_by_kind():
+    # Gemma 3's five layers with a window to one without.
+    kinds = ([L] * 5 + [G]) * 4 + [L] * 2
+    planned = [(s.pattern, s.repeats) for s in plan_segments([T] * 26, kinds)]
+    assert planned == [((T,) * 6, 4), ((T,), 2)]
+    # A frozen prefix of its own, then a new layer of the kind of the one above it.
+    kinds = [L, G, L, G, L, L, G, G, L, L]
+    planned = plan_segments([F, F, F, F, T, F, T, F, T, F], kinds)
+    assert [(s.pattern, s.repeats, s.first_depth) for s in planned] == [
+        ((F, F), 2, 0),
+        *(((T,), 1, depth) if depth % 2 == 0 else ((F,), 1, depth) for depth in range(4, 10)),
+    ]
+    for segment in planned:
+        for place in range(len(segment.pattern)):
+            depths = [depth_of(segment, repeat, place) for repeat in range(segment.repeats)]
+            assert len({kinds[depth] for depth in depths}) == 1
+    assert plan_segments([F] * 4, [G] * 4) == plan_segments([F] * 4)
+
+
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match="at least one block"):
         plan_segments([])
+    with pytest.raises(ValueError, match="shorter"):
+        plan_segments([F] * 3, [L, G])
 
 
 def test_new_and_all_select_whole_blocks(config: ModelConfig):

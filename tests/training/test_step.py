@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from opt_deus_jax.config import OptimizerConfig, TrainingConfig
 from opt_deus_jax.models.language_model import logits
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
-from opt_deus_jax.models.params import OUTPUT_KERNELS
+from opt_deus_jax.models.params import identity_values
 from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from opt_deus_jax.training.placement import Placement, param_shardings, place
 from opt_deus_jax.training.segments import (
@@ -120,7 +120,7 @@ def test_first_gradient_reaches_only_the_kernels_that_are_zero():
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
     assert len(leaves) == 9
     for path, gradient in leaves:
-        if path[-1].key in OUTPUT_KERNELS:
+        if path[-1].key in identity_values(config):
             assert np.all(np.any(np.asarray(gradient), axis=(1, 2)))
         else:
             assert not np.any(gradient)

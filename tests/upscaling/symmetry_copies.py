@@ -35,13 +35,14 @@ def random_block(config, seed, sigma=0.2):
     return block
 
 
-def run_block(config, block, batch=2, length=12):
-    """What the real DecoderBlock adds to a random residual stream."""
+def run_block(config, block, kind=None, batch=2, length=12):
+    """What the real DecoderBlock adds to a random residual stream, as a layer of a kind."""
+    kind = config.layer_kinds[0] if kind is None else kind
     generator = np.random.default_rng(99)
     x_BTD = jnp.asarray(generator.standard_normal((batch, length, config.width)), jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
     params = {name: jnp.asarray(array) for name, array in block.items()}
-    out, _ = apply_block(config, params, x_BTD, causal_inputs(config, positions))
+    out, _ = apply_block(config, kind, params, x_BTD, causal_inputs(config, positions))
     return np.asarray(out - x_BTD, np.float64)
 
 

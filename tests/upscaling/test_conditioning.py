@@ -40,7 +40,9 @@ def step_of_adam(config, block):
     outputs = {name: params[name] for name in ("output_kernel", "down_kernel")}
 
     def added(outputs):
-        return apply_block(config, params | outputs, x_BTD, inputs)[0] - x_BTD
+        return (
+            apply_block(config, config.layer_kinds[0], params | outputs, x_BTD, inputs)[0] - x_BTD
+        )
 
     gradients = jax.grad(lambda outputs: jnp.vdot(added(outputs), target))(outputs)
     optimizer = optax.adam(1e-6)

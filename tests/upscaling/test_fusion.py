@@ -274,7 +274,7 @@ def test_random_is_normal_with_deviation_002_and_of_its_seed():
     "weights", ["transport", "average", "copy_previous", "copy_next", "half_next", "random"]
 )
 def test_zero_init_zeroes_both_outputs_and_leaves_the_rest_and_the_parents(weights):
-    config = dataclasses.replace(square(32), attention_bias=True, mlp_bias=True)
+    config = dataclasses.replace(square(32), qkv_bias=True, output_bias=True, mlp_bias=True)
     a, b = random_block(config, 0, 0.1), random_block(config, 1, 0.1)
     kept = {name: array.copy() for name, array in (a | b).items()}
     full, zeroed = (
@@ -316,7 +316,9 @@ def test_rescaled_kernels_have_the_row_norms_of_the_next_layer(weights):
 
 @pytest.mark.parametrize("weights", ["transport", "copy_next", "average"])
 def test_output_scale_multiplies_what_ends_the_branches_and_nothing_else(weights):
-    config = dataclasses.replace(square(32), attention_bias=True, mlp_bias=True)
+    config = config_of(
+        intermediate_size=32, num_key_value_heads=4, attention_bias=True, mlp_bias=True
+    )
     a, b = random_block(config, 0, 0.1), random_block(config, 1, 0.1)
     kept = b["down_kernel"].copy()
 

@@ -282,7 +282,7 @@ def test_a_grown_parent_whose_outputs_are_zero_is_no_trouble():
 def test_a_block_with_other_parameters_is_refused():
     config = config_of("gqa")
     block = random_block(config, 0)
-    other = block | {"query_norm": np.ones(config.head_dim, np.float32)}
-    message = "transport='symmetric': what leaves a block with query_norm unchanged is not known"
+    other = block | {"router_kernel": np.ones((4, config.width), np.float32)}
+    message = "transport='symmetric': what leaves a block with router_kernel unchanged is not known"
     with pytest.raises(UserError, match=message):
         fuse_symmetric(other, other, config=config, fusion="mean")

@@ -73,7 +73,9 @@ def test_every_kernel_of_the_mlp_gets_a_gradient_at_once_and_twins_part():
         inputs = causal_inputs(config, jnp.broadcast_to(jnp.arange(8)[None], (2, 8)))
 
         def loss(params):
-            return jnp.sum(jnp.sin(apply_block(config, params, x_BTD, inputs)[0]))
+            return jnp.sum(
+                jnp.sin(apply_block(config, config.layer_kinds[0], params, x_BTD, inputs)[0])
+            )
 
         return jax.grad(loss)(params)
 

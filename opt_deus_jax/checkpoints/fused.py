@@ -1,0 +1,107 @@
+"""Kernels that a checkpoint stores as one, seen one by one.
+
+The rest of the project knows the parts only: they are cut out where a checkpoint is read, and put
+together where one is written.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
+from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.models.params import fused_names, named_tensors
+
+Read = Callable[[str], np.ndarray]
+
+
+def split_fused(source: CheckpointSource, config: ModelConfig) -> CheckpointSource:
+    """Shows the parts of fused kernels as tensors of their own.
+
+    Args:
+        source: A checkpoint as it is stored.
+        config: Its network.
+
+    Returns:
+        The same tensors by the names of `named_tensors`; the source itself where none is fused.
+
+    Raises:
+        UserError: A fused kernel is missing or of another shape, or its parts are there as well.
+    """
+    wholes = fused_names(config)
+    if not wholes:
+        return source
+    shapes = {name: spec.shape for name, spec in named_tensors(config, config.num_layers)}
+    tensors = {name: info for name, info in source.tensors.items() if name not in wholes}
+    places: dict[str, tuple[str, int, int]] = {}
+    for whole, parts in wholes.items():
+        if whole not in source.tensors:
+            raise UserError(
+                f"{source.name}: misses tensor {whole}; it does not match its config.json, fetch "
+                "it again"
+            )
+        info = source.tensors[whole]
+        expected = (sum(shapes[part][0] for part in parts), shapes[parts[0]][1])
+        if info.shape != expected:
+            raise UserError(
+                f"{source.name}: tensor {whole} has shape {info.shape}, config.json asks for "
+                f"{expected}; one of the two is of another model"
+            )
+        first = 0
+        for part in parts:
+            if part in tensors:
+                raise UserError(
+                    f"{source.name}: has unknown tensor {part} beside {whole}; it does not match "
+                    "its config.json, fetch it again"
+                )
+            tensors[part] = TensorInfo(shapes[part], info.dtype)
+            places[part] = (whole, first, first + shapes[part][0])
+            first += shapes[part][0]
+
+    def read_slice(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if name not in places:
+            return source.read_part(name, index)
+        whole, first, last = places[name]
+        rows, *columns = index
+        start, stop, _ = rows.indices(last - first)
+        return source.read_part(whole, (slice(first + start, first + stop), *columns))
+
+    def read(name: str) -> np.ndarray:
+        return read_slice(name, (slice(None), slice(None))) if name in places else source.read(name)
+
+    return dataclasses.replace(source, tensors=tensors, read=read, read_slice=read_slice)
+
+
+def fuse(
+    tensors: Mapping[str, TensorInfo], read: Read, config: ModelConfig, num_layers: int
+) -> tuple[list[tuple[str, TensorInfo]], Read]:
+    """Undoes `split_fused` for writing.
+
+    Args:
+        tensors: Every tensor by the names of `named_tensors`, in the order of writing.
+        read: Makes or reads one of them.
+        config: The network.
+        num_layers: The depth of what is written.
+
+    Returns:
+        What is stored, a fused kernel in the place of the first of its parts, and how one of those
+        is made.
+    """
+    wholes = fused_names(config, num_layers)
+    whole_of = {part: whole for whole, parts in wholes.items() for part in parts}
+    stored: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        whole = whole_of.get(name, name)
+        if whole not in stored:
+            infos = [tensors[part] for part in wholes.get(whole, (name,))]
+            shape = (sum(part.shape[0] for part in infos), *info.shape[1:])
+            stored[whole] = TensorInfo(shape, info.dtype)
+
+    def read_stored(name: str) -> np.ndarray:
+        if name not in wholes:
+            return read(name)
+        return np.concatenate([read(part) for part in wholes[name]])
+
+    return list(stored.items()), read_stored
