@@ -316,7 +316,9 @@ def test_rescaled_kernels_have_the_row_norms_of_the_next_layer(weights):
 
 @pytest.mark.parametrize("weights", ["transport", "copy_next", "average"])
 def test_output_scale_multiplies_what_ends_the_branches_and_nothing_else(weights):
-    config = dataclasses.replace(square(32), attention_bias=True, mlp_bias=True)
+    config = config_of(
+        intermediate_size=32, num_key_value_heads=4, attention_bias=True, mlp_bias=True
+    )
     a, b = random_block(config, 0, 0.1), random_block(config, 1, 0.1)
     kept = b["down_kernel"].copy()
 
