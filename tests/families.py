@@ -19,6 +19,8 @@ _SIZES = {
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Two stacks of layers, so that little is compiled.
+_TYPES = [FULL, FULL, SLIDING, SLIDING]
 # By the name of a variant, which begins with the family's.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -26,12 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral yarn": {"sliding_window": None, "rope_parameters": _YARN | {"rope_theta": 1e4}},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3": {
-        **{"layer_types": [FULL, SLIDING, SLIDING, FULL], "use_sliding_window": True},
+        **{"layer_types": _TYPES, "use_sliding_window": True},
         **{"sliding_window": 6, "head_dim": 16, "attention_bias": True},
         "tie_word_embeddings": True,
     },
     "smollm3": {
-        **{"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+        **{"no_rope_layers": [1, 1, 0, 0], "use_sliding_window": True, "sliding_window": 6},
         **{"attention_bias": True, "mlp_bias": True},
     },
     "granite": {
@@ -49,11 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olmo2": {"attention_bias": True, "rms_norm_eps": 1e-6},
     "gemma2": {
         **{"sliding_window": 5, "query_pre_attn_scalar": 24, "head_dim": 16},
-        **{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        **{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "layer_types": _TYPES},
     },
     "gemma3_text": {
         **{"sliding_window": 5, "query_pre_attn_scalar": 24, "head_dim": 16},
-        **{"layer_types": [SLIDING, SLIDING, FULL, SLIDING], "final_logit_softcapping": 3.0},
+        **{"layer_types": _TYPES, "final_logit_softcapping": 3.0},
         "rope_parameters": {
             FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             SLIDING: {"rope_type": "default", "rope_theta": 100.0},

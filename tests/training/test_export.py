@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from opt_deus_jax.checkpoints import orbax
+from opt_deus_jax.checkpoints import orbax, saved_step
 from opt_deus_jax.checkpoints.manifest import Manifest, write_manifest
 from opt_deus_jax.checkpoints.saved_step import find_step
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.training import export
 from opt_deus_jax.training.export import export_checkpoint, trained_tensors
 from opt_deus_jax.training.segments import plan_segments, select_trained, trained_mask
 from opt_deus_jax.training.weights import load_params
+from tests.families import write
 from tests.training.tiny import tiny_hf_config, tiny_source
 
 IS_NEW = (False, True, False, True)
@@ -100,6 +102,66 @@ def test_one_stack_is_in_memory_at_a_time(workdir: Path):
         most = max(most, sum(array.nbytes for array in jax.live_arrays()) - before)
     # Both new layers' gates, the largest stack.
     assert most == 2 * 48 * 32 * 4
+
+
+def test_a_fused_kernel_is_put_together_of_frozen_and_trained_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = write("phi3", tmp_path / "expanded")
+    config = read_model_config(base.hf_config)
+    manifest = Manifest("base", {}, "k_proj|gate_proj|up_proj", ({"is_new": False},) * 4, {}, {},
+                        (), {})  # fmt: skip
+    write_manifest(tmp_path / "expanded", manifest)
+    (tmp_path / "expanded" / "README.md").write_text("Grown.\n")
+    names = select_trained(config, manifest.is_new, manifest.trained)
+    segments = plan_segments(names.blocks, config.layer_kinds)
+    trainable = load_params(
+        base,
+        config,
+        segments,
+        dtype=np.dtype(np.float32),
+        shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        wanted=trained_mask(config, segments, names.outer),
+    )
+    with orbax.open_checkpointer(
+        tmp_path / "checkpoints", save_every=1, last_step=9, keep=9
+    ) as checkpointer:
+        grown = jax.tree.map(lambda leaf: leaf + np.float32(1), trainable)
+        trees = {"trainable": grown, "optimizer_state": {"count": np.zeros(1)}}
+        orbax.save(checkpointer, 3, trees, _Place(), {}, None)
+    reads = count_reads_of_checkpoints(monkeypatch)
+    export_checkpoint(
+        base,
+        tmp_path / "expanded",
+        tmp_path / "checkpoints",
+        "latest",
+        tmp_path / "exported",
+        max_shard_bytes=10**9,
+    )
+    # Each of the three stacks once, although their tensors are read in turns.
+    assert len(reads) == 3
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("expanded", "exported")
+    )
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        expected = array.copy()
+        if "qkv" in name:
+            expected[32:48] += np.float32(1)
+        elif "gate_up" in name:
+            expected += np.float32(1)
+        np.testing.assert_array_equal(after[name], expected)
+
+
+def count_reads_of_checkpoints(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    reads: list[Any] = []
+
+    def load_some(saved: Any, trees: Any) -> Any:
+        reads.append(trees)
+        return saved_step.load_some(saved, trees)
+
+    monkeypatch.setattr(export, "load_some", load_some)
+    return reads
 
 
 def test_what_is_not_there_is_named(workdir: Path, tmp_path: Path):

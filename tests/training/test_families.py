@@ -1,5 +1,6 @@
 """A training step of a model of every family, against the gradients of torch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,13 @@ import pytest
 import torch
 
 from opt_deus_jax.checkpoints.fused import split_fused
-from opt_deus_jax.config import DataConfig, Experiment, OptimizerConfig, TrainingConfig
+from opt_deus_jax.config import (
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.training.placement import put_rows
@@ -22,23 +29,25 @@ from tests.families import VARIANTS, base, oracle
 from tests.llama_checkpoints import source_of, tokens
 from tests.training.stacking import tensors_of
 
+ROWS = 4
 EXPERIMENT = Experiment(
     data=DataConfig(sequence_length=20),
     # Nothing is clipped, so the first moment is the gradient but for its factor.
     optimizer=OptimizerConfig(clip_norm=1e9, warmup_steps=0),
-    training=TrainingConfig(steps=4, batch_size=2),
+    training=TrainingConfig(steps=4, batch_size=ROWS),
 )
 ZEROED = {"output_kernel": 0.0, "down_kernel": 0.0}
 TRAINED = [variant for variant in VARIANTS if " " not in variant]
 # Of four layers, this one counts as new.
-NEW = 2
+NEW = 3
 
 
 @functools.cache
-def program_of(variant) -> Program:
+def program_of(variant, mesh=(1, 1, 1)) -> Program:
     config = read_model_config(base(variant).hf_config)
     trained = select_trained(config, [depth == NEW for depth in range(4)], "new")
-    return make_program(EXPERIMENT, config, trained, jax.devices()[:1])
+    experiment = dataclasses.replace(EXPERIMENT, mesh=MeshConfig(*mesh))
+    return make_program(experiment, config, trained, jax.devices()[: np.prod(mesh)])
 
 
 def one_step(program, source):
@@ -52,9 +61,9 @@ def one_step(program, source):
     by_name = functools.partial(tensors_of, config=program.config, segments=program.segments)
     before = by_name(trainable)
     state = initial_state(trainable, program.optimizer, program.placement)
-    tokens_BL = tokens(length=21, vocabulary=64)
+    tokens_BL = tokens(ROWS, 21, vocabulary=64)
     with jax.set_mesh(program.mesh):
-        batch = put_rows({"tokens": tokens_BL}, range(2), 2, program.placement.rows)
+        batch = put_rows({"tokens": tokens_BL}, range(ROWS), ROWS, program.placement.rows)
         state, metrics = program.train_step(state, frozen, batch)
     first_moment = by_name(optax.tree.get(state.optimizer_state, "mu"))
     share = 1 - EXPERIMENT.optimizer.beta1
@@ -64,7 +73,7 @@ def one_step(program, source):
 
 def by_torch(variant, source):
     """Loss and gradients of the same model and tokens, by name."""
-    model, tokens_BL = oracle(variant), tokens(length=21, vocabulary=64).astype(np.int64)
+    model, tokens_BL = oracle(variant), tokens(ROWS, 21, vocabulary=64).astype(np.int64)
     model.zero_grad()
     logits_BTV = model(torch.from_numpy(tokens_BL[:, :-1])).logits
     targets = torch.from_numpy(tokens_BL[:, 1:]).flatten()
@@ -125,3 +134,14 @@ def test_first_gradients_through_a_norm_are_of_the_size_of_a_llamas(variant):
     # What zeroed kernels would give: a norm at zero multiplies by 1 / sqrt(epsilon), here 1000.
     kernels = ZEROED | {"output_bias": 0.0} if variant == "olmo2" else ZEROED
     assert gradient_norm(variant, kernels) / of_llama > 300
+
+
+def test_a_mesh_computes_what_one_device_does():
+    # Its norms of queries and keys go over all heads, which the mesh cuts.
+    source = base("olmo2")
+    loss, gradients, _, _ = one_step(program_of("olmo2"), source)
+    on_mesh, found, _, _ = one_step(program_of("olmo2", (2, 2, 2)), source)
+    np.testing.assert_allclose(on_mesh, loss, rtol=1e-5)
+    for name, gradient in gradients.items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(found[name], gradient, rtol=0, atol=1e-5 * scale, err_msg=name)
