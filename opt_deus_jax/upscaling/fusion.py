@@ -234,11 +234,42 @@ def fuse_blocks(
         UserError: What was asked for does not know all parameters of the block.
         ValueError: `weights` is not one of the names above.
     """
-    made = Fused({}, (), {})
+    made = _make(
+        previous,
+        next_,
+        config=config,
+        weights=weights,
+        zero_init=zero_init,
+        transport=transport,
+        epsilon=epsilon,
+        fusion=fusion,
+        seed=seed,
+    )
+    block = _end_branches(made.block, config, zero_init, output_scale)
+    if balance:
+        block = balance_branches(block, config)
+    if branch_scale != 1:
+        block = scale_branches(block, branch_scale)
+    return made._replace(block=block)
+
+
+def _make(
+    previous: Block,
+    next_: Block,
+    *,
+    config: ModelConfig,
+    weights: str,
+    zero_init: bool,
+    transport: str,
+    epsilon: float | None,
+    fusion: str,
+    seed: int,
+) -> Fused:
+    """The new block before its ends are zeroed or scaled."""
     if weights == "transport" and transport == "symmetric":
-        made = fuse_symmetric(previous, next_, config=config, fusion=fusion, epsilon=epsilon)
-    elif weights == "transport":
-        made = _transport(
+        return fuse_symmetric(previous, next_, config=config, fusion=fusion, epsilon=epsilon)
+    if weights == "transport":
+        return _transport(
             previous,
             next_,
             transport=transport,
@@ -248,23 +279,18 @@ def fuse_blocks(
             # Where it is zeroed its plan, on the widest matrix, would be thrown away.
             needs_down=not (zero_init and "down_kernel" in identity_values(config)),
         )
-    elif weights == "average":
-        made = made._replace(block=_averaged(previous, next_, fusion))
+    if weights == "average":
+        block = _averaged(previous, next_, fusion)
     elif weights == "copy_previous":
-        made = made._replace(block=dict(previous))
+        block = dict(previous)
     elif weights == "copy_next":
-        made = made._replace(block=dict(next_))
+        block = dict(next_)
     elif weights == "half_next":
-        made = made._replace(block=_halved(next_))
+        block = _halved(next_)
     elif weights == "random":
-        made = made._replace(block=_random_block(config, seed))
+        block = _random_block(config, seed)
     elif weights == "twin":
-        made = made._replace(block=twin_block(next_, config))
+        block = twin_block(next_, config)
     else:
         raise ValueError(f"weights={weights!r} is not a way to make a new block")
-    block = _end_branches(made.block, config, zero_init, output_scale)
-    if balance:
-        block = balance_branches(block, config)
-    if branch_scale != 1:
-        block = scale_branches(block, branch_scale)
-    return made._replace(block=block)
+    return Fused(block, (), {})

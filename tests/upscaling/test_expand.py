@@ -15,7 +15,6 @@ from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
 from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
-from opt_deus_jax.upscaling.blending import FUSIONS
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.fusion import fuse_blocks
 from opt_deus_jax.upscaling.layout import plan_layout
@@ -96,40 +95,6 @@ def test_a_zero_initialised_model_computes_what_its_base_does(
         zero = [name for name in OUTPUTS if not state[f"{prefix}{name}.weight"].any()]
         assert zero == (list(OUTPUTS) if layer["is_new"] else [])
         assert state[f"{prefix}mlp.gate_proj.weight"].any()
-
-
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_symmetric_fusion_from_a_config_to_a_picture(tmp_path, base, base_logits, fusion):
-    made = expand_checkpoint(
-        base,
-        UpscaleConfig(transport="symmetric", fusion=fusion, num_new_layers=2),
-        tmp_path / "grown",
-        probe_BT=tokens(),
-        max_shard_bytes=10**9,
-        draw=plot_diagnostics,
-    )
-    assert made.identity.bit_identical
-    logits = oracle_logits(load_directory(tmp_path / "grown"), tokens())
-    np.testing.assert_allclose(logits, base_logits, rtol=0, atol=1e-5)
-    assert (tmp_path / "grown" / PICTURE).read_bytes().startswith(b"\x89PNG")
-    gains = {d["name"]: d["match_gain"] for d in made.manifest.diagnostics if d["depth"] == 4}
-    assert gains.keys() >= {"heads", "neurons", "query", "up", "down"}
-    assert all(0 < gain < 1 for gain in gains.values())
-
-
-@pytest.mark.parametrize("method", ["copy_next", "random", "opt_deus"])
-def test_conditioned_branches_leave_the_identity(tmp_path, base, method):
-    fields = {"method": method, "num_new_layers": 2, "balance": True, "branch_scale": 3.0}
-    assert expand(base, tmp_path / "grown", **fields).identity.bit_identical
-
-
-@pytest.mark.parametrize("output_scale", [None, 0.5])
-def test_twins_are_an_identity_but_for_rounding(tmp_path, base, base_logits, output_scale):
-    fields = {"method": "twin", "num_new_layers": 3, "output_scale": output_scale}
-    made = expand(base, tmp_path / "grown", **fields)
-    assert made.identity.max_difference < 1e-5 * np.abs(base_logits).max()
-    logits = oracle_logits(load_directory(tmp_path / "grown"), tokens())
-    np.testing.assert_allclose(logits, base_logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fields", [
