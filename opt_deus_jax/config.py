@@ -31,7 +31,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "stack",
         "explicit",
     ),
-    "upscale.transport": ("reference", "barycentric", "assignment"),
+    "upscale.transport": ("reference", "barycentric", "assignment", "symmetric"),
+    "upscale.fusion": ("mean", "rescaled", "matched", "select"),
     "data.format": ("text", "alpaca", "messages"),
     "data.template": ("chat", "alpaca"),
     "optimizer.schedule": ("wsd", "cosine"),
@@ -53,10 +54,22 @@ class UpscaleConfig:
         layout: Where new layers go; `published` takes the layout of the method's paper.
         num_new_layers: How many layers are added.
         gaps: For `layout="explicit"` only: gap g lies between base layers g and g + 1.
-        transport: For transport fusion: reference, barycentric or assignment.
-        epsilon: Entropy of Sinkhorn; None takes the transport's own (0.06 absolute for
-            `reference`, relative to the mean cost for `barycentric`).
+        transport: How A's neurons are laid on B's before the two are fused: reference, barycentric,
+            assignment, or symmetric (only by maps that leave A's function unchanged).
+        epsilon: Entropy of Sinkhorn; None takes the transport's own: 0.06 absolute for
+            `reference`, 0.01 of the mean cost for `barycentric`, and none for `symmetric`, which
+            is then exact (a given one is relative to its mean squared cost, and blurs neurons).
+        fusion: How A, laid on B, is fused with B. `mean`; `rescaled`: the mean with every row
+            scaled to B's norm; for `transport="symmetric"` also `matched`: B's neuron or head mixed
+            with A's as far as they are alike, and `select`: half of the neurons and heads A's, the
+            others B's, all of them whole.
         zero_init: Whether o_proj and down_proj of new layers start at zero; None: as published.
+        output_scale: In place of `zero_init`: a factor on o_proj and down_proj of new layers; 0
+            zeroes them. Anything else gives up the identity.
+        branch_scale: A factor on the value and up kernels of new layers, undone in o_proj and
+            down_proj: the same function, in which steps of those two weigh that much more.
+        balance: Whether to even out the values of a head, and the sizes of the rows of up, in new
+            layers that start at zero: the same function, easier to step in.
         trained: `new`, `all`, `published`, or a regular expression: what it finds in the Hugging
             Face name of a tensor is trained.
         seed: Seed of the `random` method.
@@ -68,7 +81,11 @@ class UpscaleConfig:
     gaps: tuple[int, ...] = ()
     transport: str = "barycentric"
     epsilon: float | None = None
+    fusion: str = "mean"
     zero_init: bool | None = None
+    output_scale: float | None = None
+    branch_scale: float = 1.0
+    balance: bool = False
     trained: str = AS_PUBLISHED
     seed: int = 0
 

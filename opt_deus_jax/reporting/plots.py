@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from scipy import sparse
 
 from opt_deus_jax.transport.diagnostics import MatrixReport
 
@@ -40,13 +41,15 @@ def _pooled(matrix_MN: np.ndarray, size: int) -> np.ndarray:
 
 
 def plot_diagnostics(
-    directory: Path, maps: Mapping[str, np.ndarray], reports: Mapping[int, Sequence[MatrixReport]]
+    directory: Path,
+    maps: Mapping[str, np.ndarray | sparse.csr_array],
+    reports: Mapping[int, Sequence[MatrixReport]],
 ) -> None:
     """Draws transport maps of the first new layer and the reports of all of them.
 
     Args:
         directory: Gets `diagnostics.png`.
-        maps: Transport maps [m, n] by matrix, of the first fused layer.
+        maps: Transport maps [m, n] by matrix, of the first fused layer; signs are not drawn.
         reports: Reports by depth.
     """
     first_depth = next(iter(reports))
@@ -57,10 +60,12 @@ def plot_diagnostics(
         figure = Figure(figsize=(11, 7.2), dpi=120, layout="constrained")
         axes = figure.subplots(2, 3)
         for axis, name in zip(axes[0], shown, strict=True):
-            _draw_map(axis, maps[name], np.asarray(order[name]), f"{name}, layer {first_depth}")
+            _draw_map(
+                axis, _dense(maps[name]), np.asarray(order[name]), f"{name}, layer {first_depth}"
+            )
         panels = (
             ("match_gain", "matched cost / mean cost", "below 1: the match finds alike neurons"),
-            ("effective_sources", "sources a neuron", "1: a permutation; more: neurons blur"),
+            ("effective_sources", "sources a neuron", "1: a permutation; more: neurons mix"),
             ("norm_ratio_next", "norm of fused / norm of B", "below 1: fusion shrinks kernels"),
         )
         for axis, (field, label, title) in zip(axes[1], panels, strict=True):
@@ -71,12 +76,16 @@ def plot_diagnostics(
                 axis.plot([i] * len(column), column, ".", color=COLOURS[1], markersize=4)
             axis.set_ylabel(label)
             axis.set_title(title)
-            axis.tick_params(axis="x", rotation=30)
+            axis.tick_params(axis="x", rotation=60)
         figure.suptitle(
             f"Transport of A's neurons onto B's, {len(reports)} new layers "
             "(bars: mean, dots: layers)"
         )
         _save(figure, directory / PICTURE)
+
+
+def _dense(map_MN: np.ndarray | sparse.csr_array) -> np.ndarray:
+    return np.abs(map_MN if isinstance(map_MN, np.ndarray) else map_MN.toarray())
 
 
 def _draw_map(axis, map_MN: np.ndarray, match: np.ndarray, title: str) -> None:

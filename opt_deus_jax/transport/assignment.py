@@ -1,4 +1,4 @@
-"""The exact optimal permutation between the rows of two matrices."""
+"""Exact optimal permutations: between the rows of two matrices, or by any table of gains."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from scipy import optimize
 
 from opt_deus_jax.transport.sinkhorn import Coupling, check_rows
@@ -55,12 +55,34 @@ def solve_assignment(source_MD: Float[Array, "m d"], target_ND: Float[Array, "n 
     )
 
 
+def assign_by_gain(gain_MN: Float[np.ndarray, "m m"]) -> Int[np.ndarray, " m"]:
+    """Matches each target with one source so that the sum of gains is greatest.
+
+    Runs (and so equals) `scipy.optimize.linear_sum_assignment` in float64, on the host.
+
+    Args:
+        gain_MN: What matching a source (row) with a target (column) is worth.
+
+    Returns:
+        For each target its source.
+
+    Raises:
+        ValueError: if it is not square or an entry is not finite.
+    """
+    if gain_MN.ndim != 2 or gain_MN.shape[0] != gain_MN.shape[1]:
+        raise ValueError(f"an assignment needs as many sources as targets, got {gain_MN.shape}")
+    if not np.isfinite(gain_MN).all():
+        raise ValueError("an assignment needs finite gains")
+    # Of the transpose, so that the rows of the answer are the targets in order; negated here, as
+    # SciPy would copy the table once more.
+    return optimize.linear_sum_assignment(np.negative(gain_MN.T, dtype=np.float64, order="C"))[1]
+
+
 def _match(source_MD: jax.Array, target_ND: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each target its source (int32), the mean cost and the mean matched cost (float32)."""
     cost_MN = _host_cost(np.asarray(source_MD, np.float64), np.asarray(target_ND, np.float64))
-    # Of the transpose, so that the rows of the answer are the targets in order.
-    target_N, source_of_N = optimize.linear_sum_assignment(cost_MN.T)
-    matched = cost_MN[source_of_N, target_N].mean()
+    source_of_N = assign_by_gain(-cost_MN)
+    matched = cost_MN[source_of_N, np.arange(len(source_of_N))].mean()
     return source_of_N.astype(np.int32), np.float32(cost_MN.mean()), np.float32(matched)  # pyright: ignore
 
 

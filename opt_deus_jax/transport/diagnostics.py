@@ -7,9 +7,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+from scipy import sparse, special
 
 from opt_deus_jax.transport.sinkhorn import Coupling
+
+_ROWS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,49 @@ def report(
         match_gain=_ratio(float(host.matched_cost), float(host.mean_cost)),
         match_order=tuple(match_order.tolist()),
     )
+
+
+def report_map(
+    name: str,
+    map_MN: sparse.csr_array,
+    fused: Float[np.ndarray, "n d"],
+    previous: Float[np.ndarray, "m d"],
+    next: Float[np.ndarray, "n d"],
+) -> MatrixReport:
+    """Sums up an exact map whose columns have norm 1: a signed permutation, or a rotation.
+
+    The cost is the distance of rows of B from A's moved by the map, over the mean distance of A's
+    own. Each target draws on a source by the square of the map's entry. See `report` for the rest.
+    """
+    moved = map_MN.T @ previous
+    matched = np.linalg.norm(moved - next, axis=1).mean(dtype=np.float64)
+    share = map_MN.multiply(map_MN).tocoo()
+    entropy = float(special.entr(share.data).sum(dtype=np.float64)) / len(next)
+    norm_fused, norm_previous, norm_next = (
+        float(np.linalg.norm(rows)) for rows in (fused, previous, next)
+    )
+    return MatrixReport(
+        name=name,
+        converged=True,
+        iterations=0,
+        marginal_error=0.0,
+        effective_sources=math.exp(entropy),
+        norm_ratio_previous=_ratio(norm_fused, norm_previous),
+        norm_ratio_next=_ratio(norm_fused, norm_next),
+        match_gain=_ratio(float(matched), _mean_distance(previous, next)),
+        match_order=tuple(np.asarray(abs(map_MN).argmax(axis=0)).ravel().tolist()),
+    )
+
+
+def _mean_distance(previous: np.ndarray, next: np.ndarray) -> float:
+    """Mean Euclidean distance of all pairs of rows, without the table of all pairs."""
+    square_M, square_N = ((rows**2).sum(axis=1) for rows in (previous, next))
+    total = 0.0
+    for first in range(0, len(previous), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        square = square_M[part, None] + square_N[None] - 2 * previous[part] @ next.T
+        total += float(np.sqrt(np.maximum(square, 0)).sum(dtype=np.float64))
+    return total / (len(previous) * len(next))
 
 
 def _norm(kernel: jax.Array) -> jax.Array:

@@ -133,6 +133,9 @@ def euclidean_cost(
     return cost_MN.at[jnp.arange(len(source_MD)), target_of_M].set(exact_M)
 
 
+_compiled_cost = jax.jit(euclidean_cost)
+
+
 def solve_sinkhorn(
     source_MD: Float[Array, "m d"],
     target_ND: Float[Array, "n d"],
@@ -174,6 +177,38 @@ def solve_sinkhorn(
         ValueError: if the shapes do not fit, or a setting is out of range.
     """
     check_rows(source_MD, target_ND)
+    return solve_sinkhorn_for_cost(
+        _compiled_cost(source_MD, target_ND),
+        epsilon=epsilon,
+        relative=relative,
+        threshold=threshold,
+        max_iterations=max_iterations,
+    )
+
+
+def solve_sinkhorn_for_cost(
+    cost_MN: Float[Array, "m n"],
+    *,
+    epsilon: float,
+    relative: bool,
+    threshold: float = DEFAULT_THRESHOLD,
+    max_iterations: int = DEFAULT_MAX_ITERATIONS,
+) -> Coupling:
+    """The same for a table of costs of any kind; see `solve_sinkhorn`.
+
+    Args:
+        cost_MN: what it costs to move a source's mass to a target, not negative.
+        epsilon: see `solve_sinkhorn`, as are the others.
+        relative: whether `epsilon` is a fraction of the mean cost.
+        threshold: the marginal error to reach.
+        max_iterations: at most so many Sinkhorn iterations.
+
+    Returns:
+        The coupling.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon must be a finite number above 0, got {epsilon}")
     if threshold <= 0 or max_iterations < 1:
@@ -182,8 +217,7 @@ def solve_sinkhorn(
             f"got {threshold} and {max_iterations}"
         )
     return _solve(
-        source_MD,
-        target_ND,
+        cost_MN,
         jnp.float32(epsilon),
         jnp.float32(threshold),
         relative=relative,
@@ -211,15 +245,13 @@ def plan_marginal_error(plan_MN: Float[Array, "m n"]) -> Float[Array, ""]:
 
 @functools.partial(jax.jit, static_argnames=("relative", "max_iterations"))
 def _solve(
-    source_MD: jax.Array,
-    target_ND: jax.Array,
+    cost_MN: jax.Array,
     epsilon: jax.Array,
     threshold: jax.Array,
     *,
     relative: bool,
     max_iterations: int,
 ) -> Coupling:
-    cost_MN = euclidean_cost(source_MD, target_ND)
     mean_cost = jnp.mean(cost_MN)
     if relative:
         epsilon = jnp.maximum(epsilon * mean_cost, _MIN_EPSILON)

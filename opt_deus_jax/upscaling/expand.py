@@ -1,7 +1,7 @@
 """Streams a base checkpoint into a grown one, a block at a time."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, grown_hf_config, read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
 from opt_deus_jax.transport.diagnostics import MatrixReport
-from opt_deus_jax.upscaling.fusion import Fused, fuse_blocks, transport_epsilon
+from opt_deus_jax.upscaling.fusion import fuse_blocks, transport_epsilon
 from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.methods import Method, layer_parents, plan_layers, resolve_method
+from opt_deus_jax.upscaling.new_block import Fused, TransportMap
 
-Draw = Callable[[Path, dict[str, np.ndarray], dict[int, tuple[MatrixReport, ...]]], None]
+Draw = Callable[[Path, Mapping[str, TransportMap], dict[int, tuple[MatrixReport, ...]]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,10 @@ def _fuse_layer(
         zero_init=plan.method.zero_init,
         transport=plan.upscale.transport,
         epsilon=plan.upscale.epsilon,
+        fusion=plan.upscale.fusion,
+        output_scale=plan.method.output_scale,
+        branch_scale=plan.upscale.branch_scale,
+        balance=plan.upscale.balance,
         seed=plan.upscale.seed + origin.depth,
     )
 
@@ -142,7 +147,7 @@ class _Reader:
         self.fused_tensors: dict[str, np.ndarray] = {}
         self.upper: dict[int, dict[str, np.ndarray]] = {}
         self.reports: dict[int, tuple[MatrixReport, ...]] = {}
-        self.sample_maps: dict[str, np.ndarray] = {}
+        self.sample_maps: Mapping[str, TransportMap] = {}
         self.base_hashes: dict[str, str] = {}
         specs = block_specs(plan.config)
         first = next(iter(specs.values())).hf_name
@@ -189,8 +194,14 @@ def _options(plan: _Plan) -> dict[str, Any]:
     options |= {"num_new_layers": sum(layer.is_new for layer in plan.layers)}
     if plan.method.weights == "transport":
         options["transport"] = plan.upscale.transport
-        if plan.upscale.transport != "assignment":
+        if plan.upscale.transport in ("reference", "barycentric"):
             options["epsilon"] = transport_epsilon(plan.upscale.transport, plan.upscale.epsilon)
+        elif plan.upscale.epsilon is not None:
+            options["epsilon"] = plan.upscale.epsilon
+    if plan.method.weights:
+        options |= {"branch_scale": plan.upscale.branch_scale, "balance": plan.upscale.balance}
+    if plan.method.weights in ("transport", "average"):
+        options["fusion"] = plan.upscale.fusion
     if plan.method.weights == "random":
         options["seed"] = plan.upscale.seed
     return options

@@ -1,7 +1,6 @@
 """Two adjacent blocks to one new block."""
 
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -20,22 +19,12 @@ from opt_deus_jax.transport.sinkhorn import (
     barycentric_map,
     solve_sinkhorn,
 )
-
-Block = Mapping[str, np.ndarray]
-
-
-class Fused(NamedTuple):
-    """A new block and what is known about its making.
-
-    Attributes:
-        block: float32 arrays by parameter name.
-        reports: One per matrix that was transported.
-        maps: For each of those, the map [m, n] that was applied (as map' W_A).
-    """
-
-    block: dict[str, np.ndarray]
-    reports: tuple[MatrixReport, ...]
-    maps: dict[str, np.ndarray]
+from opt_deus_jax.upscaling.blending import restore_rows
+from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
+from opt_deus_jax.upscaling.features import shift_norms
+from opt_deus_jax.upscaling.new_block import Block, Fused
+from opt_deus_jax.upscaling.symmetric import fuse_symmetric
+from opt_deus_jax.upscaling.twin import twin_block
 
 
 class Aligned(NamedTuple):
@@ -109,19 +98,13 @@ def _is_norm(name: str) -> bool:
     return name.endswith("_norm")
 
 
-def _shifted(block: Mapping[str, Array], offset: float) -> dict[str, Array]:
-    """Scales of norms as they are applied, or with the negative offset as they are stored."""
-    if not offset:
-        return dict(block)
-    return {name: value + offset if _is_norm(name) else value for name, value in block.items()}
-
-
 def _transport(
     previous: Block,
     next_: Block,
     *,
     transport: str,
     epsilon: float | None,
+    fusion: str,
     norm_offset: float,
     needs_down: bool,
 ) -> Fused:
@@ -130,7 +113,7 @@ def _transport(
     Norms that Llama does not have are averaged; those of whole projections follow their rows.
     """
     a, b = (
-        _shifted({name: jnp.asarray(value) for name, value in block.items()}, norm_offset)
+        {name: jnp.asarray(value) for name, value in shift_norms(block, norm_offset).items()}
         for block in (previous, next_)
     )
     fused = {name: (a[name] + b[name]) / 2 for name in a if _is_norm(name)}
@@ -145,9 +128,12 @@ def _transport(
             transport=transport,
             epsilon=transport_epsilon(transport, epsilon),
         )
+        fused_kernel = aligned.fused_ND
+        if fusion == "rescaled":
+            fused_kernel = jnp.asarray(restore_rows(*map(np.asarray, (fused_kernel, kernel_b))))
         maps[name] = aligned.map_MN
-        fused[f"{name}_kernel"] = aligned.fused_ND
-        reports.append(report(name, aligned.coupling, aligned.fused_ND, kernel_a, kernel_b))
+        fused[f"{name}_kernel"] = fused_kernel
+        reports.append(report(name, aligned.coupling, fused_kernel, kernel_a, kernel_b))
         for row_name in (f"{name}_bias", f"{name}_norm"):
             if row_name in a and a[row_name].size == kernel_a.shape[0]:
                 columns = (a[row_name][:, None], b[row_name][:, None])
@@ -164,8 +150,12 @@ def _transport(
         fuse(name, _move_columns(a[f"{name}_kernel"], output_map))
     if needs_down:
         fuse("down", a["down_kernel"])
-    block = {name: np.asarray(value) for name, value in _shifted(fused, -norm_offset).items()}
-    return Fused(block, tuple(reports), {name: np.asarray(m) for name, m in maps.items()})
+    block = {name: np.asarray(value) for name, value in fused.items()}
+    return Fused(
+        shift_norms(block, -norm_offset),
+        tuple(reports),
+        {name: np.asarray(m) for name, m in maps.items()},
+    )
 
 
 def _random_block(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
@@ -184,6 +174,27 @@ def _halved(block: Block) -> dict[str, np.ndarray]:
     return {k: v if _is_norm(k) else v / 2 for k, v in block.items()}
 
 
+def _averaged(previous: Block, next_: Block, fusion: str) -> dict[str, np.ndarray]:
+    block = {name: (previous[name] + next_[name]) / 2 for name in previous}
+    if fusion == "rescaled":
+        for name in (name for name in block if name.endswith("_kernel")):
+            block[name] = restore_rows(block[name], next_[name])
+    return block
+
+
+def _end_branches(
+    block: dict[str, np.ndarray], config: ModelConfig, zero_init: bool, output_scale: float
+) -> dict[str, np.ndarray]:
+    """Zeroes or scales what ends the residual branches; the parents' arrays are not touched."""
+    specs = block_specs(config)
+    for name, zero in identity_values(config).items():
+        if zero_init:
+            block[name] = np.full(specs[name].shape, zero, np.float32)
+        elif output_scale != 1:
+            block[name] = zero + np.float32(output_scale) * (block[name] - np.float32(zero))
+    return block
+
+
 def fuse_blocks(
     previous: Block,
     next_: Block,
@@ -193,6 +204,10 @@ def fuse_blocks(
     zero_init: bool,
     transport: str = "barycentric",
     epsilon: float | None = None,
+    fusion: str = "mean",
+    output_scale: float = 1.0,
+    branch_scale: float = 1.0,
+    balance: bool = False,
     seed: int = 0,
 ) -> Fused:
     """Makes a new block from its parents.
@@ -202,33 +217,70 @@ def fuse_blocks(
         next_: Parent B, likewise.
         config: The network.
         weights: transport, average, copy_previous, copy_next, half_next (B's kernels and biases
-            halved, its norms kept) or random (N(0, 0.02), norms 1).
+            halved, its norms kept), random (N(0, 0.02), norms 1) or twin (`twin_block`).
         zero_init: Make the block the identity, by `identity_values`.
-        transport: For `transport`: reference, barycentric or assignment.
-        epsilon: For `transport`: entropy; None takes the transport's own.
+        transport: For `transport`: reference, barycentric, assignment or symmetric.
+        epsilon: For `transport`: entropy; None takes the transport's own, for `symmetric` none.
+        fusion: For `transport` and `average`: how the two are mixed (`blending.FUSIONS`).
+        output_scale: Without `zero_init`: a factor on what `identity_values` would fix.
+        branch_scale: See `scale_branches`.
+        balance: With `zero_init`: see `balance_branches`.
         seed: For `random`; give each new layer its own.
 
     Returns:
         The new block with every parameter of `block_specs`.
 
     Raises:
+        UserError: What was asked for does not know all parameters of the block.
         ValueError: `weights` is not one of the names above.
     """
-    fused, fixed = Fused({}, (), {}), identity_values(config) if zero_init else {}
-    block: dict[str, np.ndarray]
+    made = _make(
+        previous,
+        next_,
+        config=config,
+        weights=weights,
+        zero_init=zero_init,
+        transport=transport,
+        epsilon=epsilon,
+        fusion=fusion,
+        seed=seed,
+    )
+    block = _end_branches(made.block, config, zero_init, output_scale)
+    if balance:
+        block = balance_branches(block, config)
+    if branch_scale != 1:
+        block = scale_branches(block, branch_scale)
+    return made._replace(block=block)
+
+
+def _make(
+    previous: Block,
+    next_: Block,
+    *,
+    config: ModelConfig,
+    weights: str,
+    zero_init: bool,
+    transport: str,
+    epsilon: float | None,
+    fusion: str,
+    seed: int,
+) -> Fused:
+    """The new block before its ends are zeroed or scaled."""
+    if weights == "transport" and transport == "symmetric":
+        return fuse_symmetric(previous, next_, config=config, fusion=fusion, epsilon=epsilon)
     if weights == "transport":
-        fused = _transport(
+        return _transport(
             previous,
             next_,
             transport=transport,
             epsilon=epsilon,
+            fusion=fusion,
             norm_offset=config.norm.offset,
             # Where it is zeroed its plan, on the widest matrix, would be thrown away.
-            needs_down="down_kernel" not in fixed,
+            needs_down=not (zero_init and "down_kernel" in identity_values(config)),
         )
-        block = fused.block
-    elif weights == "average":
-        block = {name: (previous[name] + next_[name]) / 2 for name in previous}
+    if weights == "average":
+        block = _averaged(previous, next_, fusion)
     elif weights == "copy_previous":
         block = dict(previous)
     elif weights == "copy_next":
@@ -237,8 +289,8 @@ def fuse_blocks(
         block = _halved(next_)
     elif weights == "random":
         block = _random_block(config, seed)
+    elif weights == "twin":
+        block = twin_block(next_, config)
     else:
         raise ValueError(f"weights={weights!r} is not a way to make a new block")
-    specs = block_specs(config)
-    block |= {k: np.full(specs[k].shape, value, np.float32) for k, value in fixed.items()}
-    return fused._replace(block=block)
+    return Fused(block, (), {})

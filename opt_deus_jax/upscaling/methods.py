@@ -1,6 +1,7 @@
-"""The published methods and the controls, as presets over four independent choices."""
+"""The published methods and the controls, as presets over independent choices."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from opt_deus_jax.checkpoints.manifest import Manifest
@@ -11,20 +12,22 @@ from opt_deus_jax.upscaling.layout import LayerOrigin, parents_of, plan_layout
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Four choices that make a method.
+    """The choices that make a method.
 
     Attributes:
         layout: Where new layers go.
         weights: How a new layer is made from its parents: transport, average, copy_previous,
-            copy_next, half_next or random; empty where no layer is fused.
+            copy_next, half_next, random or twin; empty where no layer is fused.
         zero_init: Whether the kernels that end the residual branches start at zero.
         trained: `new`, `all` or a regular expression, as `upscale.trained`.
+        output_scale: Without `zero_init`: a factor on those kernels.
     """
 
     layout: str
     weights: str
     zero_init: bool
     trained: str
+    output_scale: float = 1.0
 
 
 METHODS = {
@@ -37,6 +40,8 @@ METHODS = {
     "copy_next": Method("top", "copy_next", zero_init=True, trained="new"),
     "half_next": Method("top", "half_next", zero_init=True, trained="new"),
     "random": Method("top", "random", zero_init=True, trained="new"),
+    # Zero as a sum, not as a kernel.
+    "twin": Method("top", "twin", zero_init=False, trained="new"),
 }
 
 
@@ -60,8 +65,9 @@ def resolve_method(config: UpscaleConfig) -> Method:
     method = Method(
         layout=preset.layout if config.layout == AS_PUBLISHED else config.layout,
         weights=preset.weights,
-        zero_init=preset.zero_init if config.zero_init is None else config.zero_init,
+        zero_init=_resolve_zero_init(config, preset),
         trained=preset.trained if config.trained == AS_PUBLISHED else config.trained,
+        output_scale=config.output_scale or preset.output_scale,
     )
     if config.method == "base" and (config.num_new_layers or config.gaps):
         raise UserError(
@@ -76,11 +82,64 @@ def resolve_method(config: UpscaleConfig) -> Method:
         raise UserError(
             f"config field upscale.layout={method.layout!r}: 'stack' goes with method 'solar' only"
         )
+    if method.weights == "twin" and method.zero_init:
+        raise UserError(
+            "config field upscale.zero_init=True: method 'twin' starts as the identity with down "
+            "kernels that are not zero; leave upscale.zero_init and upscale.output_scale at None"
+        )
     if method.layout == "stack" and method.zero_init:
         raise UserError("config field upscale.zero_init=True: method 'solar' keeps its copies")
+    _check_fusion(config, method)
+    _check_conditioning(config, method)
+    return method
+
+
+def _resolve_zero_init(config: UpscaleConfig, preset: Method) -> bool:
+    if config.output_scale is None:
+        return preset.zero_init if config.zero_init is None else config.zero_init
+    field = f"config field upscale.output_scale={config.output_scale}"
+    if config.zero_init is not None:
+        raise UserError(f"{field}: says what upscale.zero_init={config.zero_init} says; give one")
+    if not preset.weights:
+        raise UserError(f"{field}: method {config.method!r} makes no new weights; leave it at None")
+    if not (math.isfinite(config.output_scale) and config.output_scale >= 0):
+        raise UserError(f"{field}: must be 0 or a positive number")
+    return config.output_scale == 0
+
+
+def _check_fusion(config: UpscaleConfig, method: Method) -> None:
+    symmetric = method.weights == "transport" and config.transport == "symmetric"
     if config.epsilon is not None and config.epsilon <= 0:
         raise UserError(f"config field upscale.epsilon={config.epsilon}: must be positive")
-    return method
+    field = f"config field upscale.fusion={config.fusion!r}"
+    if config.fusion in ("matched", "select") and not symmetric:
+        raise UserError(
+            f"{field}: needs method 'opt_deus' with upscale.transport=symmetric, which says which "
+            "neurons and heads belong together"
+        )
+    if config.fusion == "select" and config.epsilon is not None:
+        raise UserError(
+            f"{field}: takes whole neurons, upscale.epsilon={config.epsilon} averages them; leave "
+            "epsilon at None"
+        )
+    if config.fusion != "mean" and method.weights not in ("transport", "average"):
+        raise UserError(f"{field}: method {config.method!r} fuses nothing; use mean")
+
+
+def _check_conditioning(config: UpscaleConfig, method: Method) -> None:
+    scale = config.branch_scale
+    if not (math.isfinite(scale) and scale > 0):
+        raise UserError(f"config field upscale.branch_scale={scale}: must be positive")
+    if scale != 1 and not method.weights:
+        raise UserError(
+            f"config field upscale.branch_scale={scale}: method {config.method!r} makes no new "
+            "weights; leave it at 1"
+        )
+    if config.balance and not method.zero_init:
+        raise UserError(
+            "config field upscale.balance=True: keeps the function only where new layers start at "
+            "zero; set upscale.zero_init=True or balance to False"
+        )
 
 
 def layer_parents(method: Method, layers: Sequence[LayerOrigin]) -> tuple[int, ...]:

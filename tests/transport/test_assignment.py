@@ -1,5 +1,7 @@
 """solve_assignment against SciPy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +54,21 @@ def test_another_number_of_rows_is_refused():
 def test_rows_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="finite"):
         assignment.solve_assignment(jnp.full((4, 3), jnp.nan), jnp.zeros((4, 3)))
+
+
+def test_assignment_by_gain_is_the_best_of_all_orders():
+    gain = _weights(6, 6, 3)
+    best = max(itertools.permutations(range(6)), key=lambda order: gain[order, range(6)].sum())
+    np.testing.assert_array_equal(assignment.assign_by_gain(gain), best)
+
+
+@pytest.mark.parametrize(
+    ("gain", "message"),
+    [
+        (np.zeros((2, 3)), r"as many sources as targets, got \(2, 3\)"),
+        (np.full((2, 2), np.nan), "finite"),
+    ],
+)
+def test_gains_that_cannot_be_assigned_are_refused(gain, message):
+    with pytest.raises(ValueError, match=message):
+        assignment.assign_by_gain(gain)

@@ -5,6 +5,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import sparse
+from scipy.spatial import distance
 
 from opt_deus_jax.transport import assignment, diagnostics, sinkhorn
 
@@ -51,3 +53,30 @@ def test_ratios_to_zero():
     assert report.norm_ratio_previous == math.inf
     assert report.norm_ratio_next == pytest.approx(1.0)
     assert report.match_gain == 1.0
+
+
+def test_report_of_a_signed_permutation():
+    previous, following = (np.asarray(_kernel(24, seed)) for seed in (0, 1))
+    order = np.random.default_rng(2).permutation(24)
+    sign = np.where(np.arange(24) % 2, -1, 1).astype(np.float32)
+    map_ = sparse.csr_array((sign, (order, np.arange(24))), shape=(24, 24))
+    made = diagnostics.report_map("up", map_, 0.5 * following, previous, following)
+    matched = np.linalg.norm(sign[:, None] * previous[order] - following, axis=1).mean()
+    mean = distance.cdist(previous, following).mean()
+    assert made.match_gain == pytest.approx(matched / mean, rel=1e-5)
+    assert made.match_order == tuple(order)
+    assert (made.name, made.converged, made.iterations) == ("up", True, 0)
+    assert made.effective_sources == 1
+    assert made.norm_ratio_next == pytest.approx(0.5)
+    again = diagnostics.report_map("up", map_, following, previous, map_.T @ previous)
+    assert again.match_gain == 0
+
+
+def test_report_of_a_rotation_counts_what_it_mixes():
+    previous = np.asarray(_kernel(4, 0))
+    # Two planes, one turned by an eighth: its rows draw on two sources, the others on one.
+    turn = np.eye(4, dtype=np.float32)
+    turn[:2, :2] = np.sqrt(np.float32(0.5)) * np.array([[1, 1], [-1, 1]], np.float32)
+    made = diagnostics.report_map("key", sparse.csr_array(turn), previous, previous, previous)
+    assert made.effective_sources == pytest.approx(2**0.5)
+    assert 0 < made.match_gain < 1

@@ -99,6 +99,7 @@ def test_a_zero_initialised_model_computes_what_its_base_does(
 
 @pytest.mark.parametrize("fields", [
     {"method": "average", "num_new_layers": 3},
+    {"method": "copy_next", "num_new_layers": 3, "output_scale": 0.5},
     {"method": "solar", "num_new_layers": 4},
     {"method": "opt_deus", "num_new_layers": 3, "zero_init": False},
 ])  # fmt: skip
@@ -117,7 +118,10 @@ def test_the_distance_of_the_other_methods_is_reported(tmp_path, base, base_logi
     p, q = log_softmax(base_logits), log_softmax(grown)
     divergence = (np.exp(p) * (p - q)).sum(-1).mean()
     np.testing.assert_allclose(made.identity.mean_divergence, divergence, rtol=1e-3)
-    assert f"{divergence:.3f}" in (tmp_path / "grown" / "README.md").read_text()
+    assert (
+        f"{made.identity.mean_divergence:.4f} nats"
+        in (tmp_path / "grown" / "README.md").read_text()
+    )
 
 
 def test_every_tensor_is_where_the_layout_puts_it(tmp_path, base):
@@ -207,7 +211,8 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
     assert manifest.method == "opt_deus"
     assert manifest.options == {
         **{"layout": "top", "weights": "transport", "zero_init": True, "trained": "new"},
-        **{"num_new_layers": 2, "transport": "barycentric", "epsilon": 0.01},
+        **{"output_scale": 1.0, "num_new_layers": 2, "transport": "barycentric", "epsilon": 0.01},
+        **{"fusion": "mean", "branch_scale": 1.0, "balance": False},
     }
     assert manifest.trained == "new"
     assert manifest.layers == tuple(dataclasses.asdict(o) for o in plan_layout("top", 6, 2))
@@ -233,6 +238,13 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
     [
         ({"transport": "reference", "epsilon": 0.1}, {"transport": "reference", "epsilon": 0.1}),
         ({"transport": "assignment"}, {"transport": "assignment"}),
+        ({"transport": "symmetric"}, {"transport": "symmetric", "fusion": "mean"}),
+        ({"method": "average", "fusion": "rescaled"}, {"fusion": "rescaled"}),
+        (
+            {"transport": "symmetric", "epsilon": 0.1, "branch_scale": 2.0},
+            {"transport": "symmetric", "epsilon": 0.1, "branch_scale": 2.0},
+        ),
+        ({"method": "copy_next", "balance": True}, {"balance": True}),
         ({"method": "copy_next", "trained": "all"}, {"trained": "all"}),
         ({"method": "random", "seed": 7}, {"seed": 7}),
     ],
@@ -241,7 +253,7 @@ def test_options_that_had_an_effect_are_in_the_manifest(tmp_path, base, fields, 
     made = expand(base, tmp_path / "grown", num_new_layers=1, **fields)
     assert made.manifest.options.items() >= options.items()
     assert made.manifest.options.keys() & {"transport", "epsilon", "seed"} == options.keys() - {
-        "trained"
+        *("trained", "fusion", "branch_scale", "balance")
     }
     assert made.manifest.trained == options.get("trained", "new")
 

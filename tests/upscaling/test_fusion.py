@@ -176,7 +176,8 @@ def test_assignment_equals_scipy_for_every_tensor():
     )
     expected, moved = fuse_in_float64(a, b, exact_map)
     assert_fused_equal(ours, expected, moved, a, expected)
-    assert not np.array_equal(ours.maps["gate"], np.eye(len(ours.maps["gate"])))
+    gate = np.asarray(ours.maps["gate"])
+    assert not np.array_equal(gate, np.eye(len(gate)))
     assert all(report.effective_sources == 1 for report in ours.reports)
 
 
@@ -291,3 +292,42 @@ def test_an_unknown_way_is_refused():
     block = random_block(config_of(), 0, 0.1)
     with pytest.raises(ValueError, match="weights='mean'"):
         fusion.fuse_blocks(block, block, config=config_of(), weights="mean", zero_init=True)
+
+
+@pytest.mark.parametrize("weights", ["transport", "average"])
+def test_rescaled_kernels_have_the_row_norms_of_the_next_layer(weights):
+    config = square(32)
+    a, b = random_block(config, 0, 0.3), random_block(config, 1, 0.3)
+
+    def kernels(fusion_):
+        options = {"weights": weights, "zero_init": False, "fusion": fusion_}
+        block = fusion.fuse_blocks(a, b, config=config, **options).block
+        return {name: array for name, array in block.items() if name.endswith("_kernel")}
+
+    means = kernels("mean")
+    for name, rescaled in kernels("rescaled").items():
+        mean = means[name]
+        wanted, norms = (np.linalg.norm(rows, axis=1) for rows in (b[name], rescaled))
+        np.testing.assert_allclose(norms, wanted, rtol=1e-5)
+        assert np.linalg.norm(mean) < 0.9 * np.linalg.norm(wanted)
+        cosines = (mean * rescaled).sum(axis=1) / np.linalg.norm(mean, axis=1) / norms
+        np.testing.assert_allclose(cosines, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["transport", "copy_next", "average"])
+def test_output_scale_multiplies_what_ends_the_branches_and_nothing_else(weights):
+    config = config_of(
+        intermediate_size=32, num_key_value_heads=4, attention_bias=True, mlp_bias=True
+    )
+    a, b = random_block(config, 0, 0.1), random_block(config, 1, 0.1)
+    kept = b["down_kernel"].copy()
+
+    def made(scale):
+        options = {"weights": weights, "zero_init": False, "output_scale": scale}
+        return fusion.fuse_blocks(a, b, config=config, **options).block
+
+    full, scaled = made(1.0), made(0.125)
+    for name, array in full.items():
+        factor = np.float32(0.125 if name in ZEROED else 1)
+        np.testing.assert_array_equal(scaled[name], factor * array, strict=True)
+    np.testing.assert_array_equal(b["down_kernel"], kept)

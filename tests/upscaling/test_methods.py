@@ -20,6 +20,7 @@ from opt_deus_jax.upscaling.methods import METHODS, Method, plan_layers, resolve
         ("copy_next", "top", "copy_next", True, "new"),
         ("half_next", "top", "half_next", True, "new"),
         ("random", "top", "random", True, "new"),
+        ("twin", "top", "twin", False, "new"),
     ],
 )
 def test_each_preset_is_what_its_paper_says(name, layout, weights, zero_init, trained):
@@ -39,6 +40,11 @@ def test_each_choice_replaces_the_preset():
     assert resolve_method(config) == Method("middle", "average", zero_init=True, trained="all")
     config = UpscaleConfig(method="opt_deus", zero_init=False, num_new_layers=1)
     assert resolve_method(config).zero_init is False
+    config = UpscaleConfig(method="copy_next", output_scale=0.1, num_new_layers=1)
+    scaled = Method("top", "copy_next", zero_init=False, trained="new", output_scale=0.1)
+    assert resolve_method(config) == scaled
+    config = UpscaleConfig(method="average", output_scale=0.0, num_new_layers=1)
+    assert resolve_method(config) == Method("top", "average", zero_init=True, trained="new")
     config = UpscaleConfig(method="llama_pro", layout="explicit", gaps=(1,))
     assert resolve_method(config).layout == "explicit"
     config = UpscaleConfig(method="solar", trained="mlp", num_new_layers=1)
@@ -57,6 +63,32 @@ def test_each_choice_replaces_the_preset():
         ({"method": "solar", "zero_init": True, "num_new_layers": 1}, "zero_init=True"),
         ({"num_new_layers": 1, "epsilon": 0.0}, "upscale.epsilon=0.0: must be positive"),
         ({"num_new_layers": 1, "epsilon": -1.0}, "upscale.epsilon=-1.0: must be positive"),
+        (
+            {"num_new_layers": 1, "transport": "symmetric", "fusion": "select", "epsilon": 0.1},
+            "fusion='select': takes whole neurons, upscale.epsilon=0.1 averages",
+        ),
+        ({"num_new_layers": 1, "fusion": "select"}, "fusion='select': needs .*transport=symmetric"),
+        ({"num_new_layers": 1, "fusion": "matched"}, "fusion='matched': needs method 'opt_deus'"),
+        (
+            {"num_new_layers": 1, "method": "copy_next", "fusion": "rescaled"},
+            "fusion='rescaled': method 'copy_next' fuses nothing; use mean",
+        ),
+        (
+            {"num_new_layers": 1, "zero_init": True, "output_scale": 0.1},
+            "output_scale=0.1: says what upscale.zero_init=True says; give one",
+        ),
+        (
+            {"num_new_layers": 1, "method": "twin", "output_scale": 0.0},
+            "zero_init=True: method 'twin' starts as the identity",
+        ),
+        ({"num_new_layers": 1, "output_scale": -0.5}, "output_scale=-0.5: must be 0 or a positive"),
+        ({"num_new_layers": 1, "output_scale": float("nan")}, "output_scale=nan: must be 0 or"),
+        ({"num_new_layers": 1, "branch_scale": 0.0}, "branch_scale=0.0: must be positive"),
+        ({"num_new_layers": 1, "branch_scale": float("inf")}, "branch_scale=inf: must be positive"),
+        ({"num_new_layers": 1, "method": "solar", "branch_scale": 2.0}, "'solar' makes no new"),
+        ({"num_new_layers": 1, "method": "average", "balance": True}, "balance=True: keeps the"),
+        ({"num_new_layers": 1, "method": "twin", "balance": True}, "balance=True: keeps the"),
+        ({"num_new_layers": 1, "method": "solar", "output_scale": 0.1}, "'solar' makes no new"),
     ],
 )
 def test_contradictions_are_refused(fields, message):

@@ -1,0 +1,27 @@
+"""What every way of making a new block takes and gives."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from opt_deus_jax.transport.diagnostics import MatrixReport
+
+Block = Mapping[str, np.ndarray]
+# Sparse where it is a permutation or nearly one.
+TransportMap = np.ndarray | sparse.csr_array
+
+
+class Fused(NamedTuple):
+    """A new block and what is known about its making.
+
+    Attributes:
+        block: float32 arrays by parameter name.
+        reports: One per matrix that was transported.
+        maps: The map [m, n] that was applied to each matrix (as map' W_A).
+    """
+
+    block: dict[str, np.ndarray]
+    reports: tuple[MatrixReport, ...]
+    maps: Mapping[str, TransportMap]
