@@ -6,8 +6,8 @@ group, of its queries and key alike, since scores are Re(q conj(k) e^{i theta (t
 orthogonal map of a group's values, undone by its outputs. Where queries and keys are normalised and
 scaled, dimension by dimension, only half a turn of a plane passes through: a sign.
 
-Queries could also be scaled against keys, and values against outputs. That is left out: the balance
-of adjacent layers is nearly the same, so averages gain nothing from it.
+Queries could also be scaled against keys, and values against outputs. That is left out, untried: in
+five gaps of SmolLM2-135M it would scale queries by 0.92 to 1.27 and values by 0.89 to 1.22.
 
 Names carry shapes: N query heads, K groups, R heads of a group, H head size, F = H / 2 rotary
 planes, D columns; a second index of the same kind belongs to parent B.

@@ -2,7 +2,7 @@
 
 A gated neuron, silu(g x) (u x) d, may stand anywhere, and changes nothing when the signs of u and d
 are flipped together; g's may not, because of the silu. It could also be scaled in u against d: left
-out, since the balance of adjacent layers is nearly the same.
+out, since in five gaps of SmolLM2-135M it moved no cosine of matched kernels by more than 0.005.
 
 Names carry shapes: M neurons, D columns.
 """
