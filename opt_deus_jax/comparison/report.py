@@ -80,7 +80,7 @@ def summarize(
         "contenders": statistics.contender_rows(runs),
         "paired": statistics.paired_rows(runs, references),
         "sweeps": statistics.sweep_rows(runs),
-        "steps": statistics.step_rows(runs),
+        "steps": statistics.step_rows(runs, references),
         "diagnostics": statistics.diagnostics_rows(runs),
     }
 
@@ -147,7 +147,7 @@ def draw_figures(
 
 
 def highlighted(finals: dict[str, list[FinishedRun]], references: Sequence[str]) -> list[str]:
-    """Contenders that get a colour: the references, then the best of each kind of weights.
+    """Contenders that get a colour: the references, the best, the best of each kind of weights.
 
     Args:
         finals: By contender, the best first.
@@ -156,7 +156,7 @@ def highlighted(finals: dict[str, list[FinishedRun]], references: Sequence[str])
     Returns:
         At most six.
     """
-    names = [name for name in references if name in finals]
+    names = [name for name in dict.fromkeys([*references, *list(finals)[:1]]) if name in finals]
     kinds = {_kind(finals[name][0]) for name in names}
     for name, found in finals.items():
         if name not in names and _kind(found[0]) not in kinds:

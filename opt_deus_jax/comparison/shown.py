@@ -80,7 +80,7 @@ def _answers(rows: Sequence[Row]) -> list[dict[str, str]]:
             "± seeds": _number(row["accuracy_stderr"], 2, scale=100),
             "± questions": _number(row["accuracy_binomial"], 2, scale=100),
             "word perplexity": _number(row["word_perplexity"], 3),
-            "± ": _number(row["word_perplexity_stderr"], 3),
+            "± its seeds": _number(row["word_perplexity_stderr"], 3),
             "step, s": _number(row["step_seconds"], 3),
             "tokens/s": _number(row["tokens_per_second"], 0),
         }
@@ -99,8 +99,8 @@ def _difference(row: Row) -> dict[str, str]:
         value = _number(row[f"{metric}_difference"], digits, scale=scale, sign=True)
         error = _number(row[f"{metric}_stderr"], digits, scale=scale)
         shown[title] = value if value == NOTHING else f"{value} ± {error}"
-        shown[f"t ({title.split(',')[0]})"] = _number(row[f"{metric}_t"], 1, sign=True)
-    return shown | {"p (loss)": NOTHING if row["loss_p"] is None else f"{row['loss_p']:.2g}"}
+        shown[f"t, {metric.removeprefix('word_')}"] = _number(row[f"{metric}_t"], 1, sign=True)
+    return shown | {"p, loss": NOTHING if row["loss_p"] is None else f"{row['loss_p']:.2g}"}
 
 
 def _sweeps(rows: Sequence[Row]) -> list[dict[str, str]]:

@@ -156,15 +156,16 @@ def sweep_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     return rows
 
 
-def step_rows(runs: Sequence[FinishedRun]) -> list[Row]:
+def step_rows(runs: Sequence[FinishedRun], references: Sequence[str]) -> list[Row]:
     """A row for each contender that is not at the top, and for those at the top it is held against.
 
     The one to be held against is the contender at the top with the same weights, zero-init,
-    transport and trained parameters; where there is none, the fastest at the top that trains the
-    new layers. Times are compared on machines that both ran on.
+    transport and trained parameters; where there is none, the first reference at the top. Times are
+    compared on machines that both ran on.
 
     Args:
         runs: Of all kinds.
+        references: Contenders that the others are held against.
 
     Returns:
         Rows with `step_seconds`, `times` (as long as at the top), `flops_per_token` and
@@ -172,13 +173,12 @@ def step_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     """
     finals = {name: found for name, found in finals_by_contender(runs).items() if found}
     tops = [name for name, found in finals.items() if found[0].layout == "top"]
-    tops.sort(key=lambda name: _median([run.step_seconds for run in finals[name]]) or 0.0)
+    usual = [name for name in references if name in tops]
     others: dict[str, str | None] = {}
     for name, found in finals.items():
         if name not in tops:
             alike = [top for top in tops if _same_but_layout(finals[top][0], found[0])]
-            new = [top for top in tops if finals[top][0].method["trained"] == "new"]
-            others[name] = next(iter([*alike, *new]), None)
+            others[name] = next(iter([*alike, *usual]), None)
     partners = {top: top for top in tops if top in others.values()} | others
     rows = []
     for name, top in partners.items():

@@ -18,6 +18,7 @@ from opt_deus_jax.reporting.drawing import (
     label_ends,
     robust_limits,
     styles,
+    write_title,
 )
 from opt_deus_jax.reporting.plots import LOOK
 
@@ -38,23 +39,26 @@ def loss_curves(curves: Mapping[str, Curve], reference: str, highlighted: Sequen
         A figure; of one panel if the reference has no curve.
     """
     looks = styles(list(curves), highlighted)
+    losses = {name: (x, np.stack(list(y.values()))) for name, (x, y) in curves.items()}
     paired = _differences(curves, reference)
-    figure = Figure(figsize=(11 if paired else 7, 4.8), dpi=120, layout="constrained")
+    height = max(4.8, 1.6 + 0.16 * len(curves))
+    figure = Figure(figsize=(12 if paired else 8, height), dpi=120, layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, 2 if paired else 1))
-    _draw_curves(axes[0], {name: (x, list(y.values())) for name, (x, y) in curves.items()}, looks)
+    named = [name for name in losses if looks[name].front or not paired]
+    _draw_curves(axes[0], losses, looks, named)
     axes[0].set_ylabel("held-out loss, nats a token")
     if paired:
-        _draw_curves(axes[1], paired, looks)
-        axes[1].axhline(0, color=looks[reference].colour, linewidth=1.5)
+        axes[1].axhline(0, color=looks[reference].colour, linewidth=1.6)
+        _draw_curves(axes[1], paired, looks, list(paired))
         axes[1].set_ylabel(f"held-out loss minus that of {reference}, nats a token")
-    ends = {name: _last(list(y.values())) for name, (_, y) in curves.items()}
-    best = min(ends, key=lambda name: ends[name] if math.isfinite(ends[name]) else math.inf)
+    last = {name: float(y[:, -1].mean()) for name, (_, y) in losses.items()}
+    best = next(iter(curves))
     tokens = max(float(x[-1]) for x, _ in curves.values())
-    against = f"; {reference} {ends[reference]:.3f}" if paired and best != reference else ""
-    figure.suptitle(
-        f"After {tokens:,.0f} tokens {best} has the lowest held-out loss: {ends[best]:.3f} nats "
+    against = f"; {reference} {last[reference]:.3f}" if paired and best != reference else ""
+    write_title(
+        figure,
+        f"After {tokens:,.0f} tokens {best} has the lowest held-out loss: {last[best]:.3f} nats "
         f"a token{against} (bands: standard error over seeds)",
-        fontsize=10,
     )
     return figure
 
@@ -67,38 +71,32 @@ def _differences(curves: Mapping[str, Curve], reference: str) -> dict[str, Any]:
     for name, (x, ours) in curves.items():
         pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         if name != reference and pairs and np.array_equal(x, tokens):
-            found[name] = (x, pairs)
+            found[name] = (x, np.stack(pairs))
     return found
 
 
-def _last(losses: Sequence[np.ndarray]) -> float:
-    return float(np.mean([loss[-1] for loss in losses]))
-
-
-def _draw_curves(axis: Axes, curves: Mapping[str, Any], looks: Mapping[str, Style]) -> None:
+def _draw_curves(
+    axis: Axes,
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    looks: Mapping[str, Style],
+    named: Sequence[str],
+) -> None:
     """Lines with bands; limits leave out curves that are far from the others."""
-    last = {name: _last(y) for name, (_, y) in curves.items()}
-    low, high = robust_limits([float(v) for _, y in curves.values() for v in np.mean(y, axis=0)])
-    for name, (x, y) in curves.items():
-        look, mean = looks[name], np.mean(y, axis=0)
-        order = 3 if look.front else 2
-        axis.plot(
-            x / 1e6,
-            mean,
-            color=look.colour,
-            marker=look.marker if look.front else None,
-            markersize=4,
-            linewidth=1.6 if look.front else 1,
-            zorder=order,
-        )
-        if look.front and len(y) > 1:
-            error = np.std(y, axis=0, ddof=1) / math.sqrt(len(y))
-            axis.fill_between(
-                x / 1e6, mean - error, mean + error, color=look.colour, alpha=0.2, linewidth=0
-            )
-    axis.set_ylim(low, high)
+    means = {name: y_RS.mean(axis=0) for name, (_, y_RS) in curves.items()}
+    for name, (x_S, y_RS) in curves.items():
+        look, mean_S, millions_S = looks[name], means[name], x_S / 1e6
+        marker, width, order = (look.marker, 1.6, 3) if look.front else (None, 1.0, 2)
+        drawn: dict[str, Any] = {"color": look.colour, "marker": marker, "markersize": 4}
+        axis.plot(millions_S, mean_S, linewidth=width, zorder=order, **drawn)
+        if look.front and len(y_RS) > 1:
+            error_S = np.std(y_RS, axis=0, ddof=1) / math.sqrt(len(y_RS))
+            band = mean_S - error_S, mean_S + error_S
+            axis.fill_between(millions_S, *band, color=look.colour, alpha=0.2, linewidth=0)
+    axis.set_ylim(*robust_limits([float(value) for mean in means.values() for value in mean]))
+    axis.margins(x=0.01)
     axis.set_xlabel("training tokens, millions")
-    label_ends(axis, last, looks)
+    ends = {name: (curves[name][0][-1] / 1e6, float(means[name][-1])) for name in named}
+    label_ends(axis, ends, looks, inches=max(3.4, 0.2 + 0.16 * len(curves)))
 
 
 @mpl.rc_context(LOOK)
@@ -129,7 +127,7 @@ def final_losses(
         better = sum(dot.centre < mean for dot in dots)
         title += f"; {better} of {len(dots) - 1} others end below {reference} (dashed)"
     axis.set_xlabel("held-out loss after training, nats a token; rings: seeds, bar: standard error")
-    figure.suptitle(title, fontsize=10)
+    write_title(figure, title)
     return figure
 
 
@@ -161,10 +159,10 @@ def paired_differences(
         f"final held-out loss minus that of {reference}, nats a token\n"
         "thick: standard error, thin: 95 % interval, over seeds that both have"
     )
-    figure.suptitle(
+    write_title(
+        figure,
         f"Of {len(rows)} contenders {below} end below {reference} and {len(known) - below} above "
         f"it at p < {SIGNIFICANT} (paired, not corrected for their number)",
-        fontsize=10,
     )
     return figure
 
@@ -182,35 +180,32 @@ def accuracies(
     Returns:
         A figure.
     """
-    names, tasks = list(by_task), list(next(iter(by_task.values())))
-    means = {name: np.mean([by_task[name][task][0] for task in tasks]) for name in names}
-    names.sort(key=lambda name: -means[name])
-    looks, columns = styles(names, highlighted), min(4, len(tasks))
-    lines = math.ceil(len(tasks) / columns)
+    panels = {task: {} for task in ("mean of tasks", *next(iter(by_task.values())))}
+    for name, tasks in by_task.items():
+        error = math.hypot(*(error for _, error in tasks.values())) / len(tasks)
+        mean = float(np.mean([accuracy for accuracy, _ in tasks.values()]))
+        for task, (centre, width) in ({"mean of tasks": (mean, error)} | dict(tasks)).items():
+            panels[task][name] = Dot(name, 100 * centre, 100 * width)
+    means = panels["mean of tasks"]
+    names = sorted(means, key=lambda name: -means[name].centre)
+    looks, columns = styles(names, highlighted), min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
     size = (2.4 * columns + 2, lines * (1.2 + 0.19 * len(names)))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
-    for i, axis in enumerate(axes.flat):
-        if i >= len(tasks):
-            axis.remove()
-            continue
-        found = [by_task[name][tasks[i]] for name in names]
-        dots = [
-            Dot(name, 100 * mean, 100 * error)
-            for name, (mean, error) in zip(names, found, strict=True)
-        ]
-        draw_dots(axis, dots, looks, named=i % columns == 0)
-        axis.set_title(tasks[i])
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for i, (task, dots) in enumerate(panels.items()):
+        axis = axes.flat[i]
+        draw_dots(axis, [dots[name] for name in names], looks, named=i % columns == 0)
+        axis.set_title(task)
         axis.set_xlabel("accuracy, %")
-    errors = [
-        math.hypot(*(error for _, error in of_one.values())) / len(tasks)
-        for of_one in by_task.values()
-    ]
-    spread = 100 * (max(means.values()) - min(means.values()))
-    figure.suptitle(
-        f"Mean accuracy: {names[0]} {100 * means[names[0]]:.1f} %, all within {spread:.1f} points; "
-        f"one standard error of a mean is {100 * max(errors):.1f} points (bars: of the questions)",
-        fontsize=10,
+    spread = means[names[0]].centre - means[names[-1]].centre
+    error = max(dot.error for dot in means.values())
+    write_title(
+        figure,
+        f"Mean accuracy: {names[0]} {means[names[0]].centre:.1f} %, all within {spread:.1f} "
+        f"points; one standard error of a mean is {error:.1f} points (bars: of the questions)",
     )
     return figure
 

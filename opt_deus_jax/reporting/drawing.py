@@ -1,12 +1,15 @@
 """Parts that pictures of many contenders share: few colours, direct labels, dots with errors."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 
 from opt_deus_jax.reporting.plots import COLOURS
 
@@ -14,8 +17,8 @@ from opt_deus_jax.reporting.plots import COLOURS
 Curve = tuple[Float[np.ndarray, " s"], dict[int, Float[np.ndarray, " s"]]]
 OTHERS = "0.72"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Between label lines, as a share of the axis' height.
-_LINE_HEIGHT = 0.05
+_LINE_INCHES = 0.155
+_LETTERS_AN_INCH = 13.5
 
 
 class Style(NamedTuple):
@@ -51,68 +54,71 @@ class Dot(NamedTuple):
 
 
 def styles(names: Sequence[str], highlighted: Sequence[str]) -> dict[str, Style]:
-    """A style for each name: colours for at most seven that are highlighted, grey for the rest."""
-    front = [name for name in highlighted if name in names][: len(COLOURS)]
-    looks = {name: Style(OTHERS, ".", front=False) for name in names}
-    for i, name in enumerate(front):
-        looks[name] = Style(COLOURS[i], _MARKERS[i], front=True)
+    """A style for each name: by their order colours for seven highlighted, grey for the rest."""
+    looks = {name: Style(OTHERS, "o", front=False) for name in names}
+    for name, colour, marker in zip(highlighted, COLOURS, _MARKERS, strict=False):
+        looks[name] = Style(colour, marker, front=True)
     return looks
 
 
+def write_title(figure: Figure, text: str) -> None:
+    """Writes a title over a figure in as many lines as its width asks for."""
+    width = int(_LETTERS_AN_INCH * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(text, width), fontsize=10, x=0.01, ha="left")
+
+
 def label_ends(
-    axis: Axes, ends: Mapping[str, float], looks: Mapping[str, Style], *, height: float = 1.0
+    axis: Axes,
+    ends: Mapping[str, tuple[float, float]],
+    looks: Mapping[str, Style],
+    *,
+    inches: float,
 ) -> None:
-    """Writes names right of the axis, at the ends of their lines, kept apart.
+    """Writes names right of the axis, each with a thin line to the end of its curve, kept apart.
 
     Args:
         axis: With its limits set.
-        ends: By name, where its line ends.
+        ends: By name the last point of its curve; those that are not finite get no label.
         looks: Of the names.
-        height: Of the axis in units of a usual one, so that lines do not overlap in a low one.
+        inches: About how high the axis is.
     """
     low, high = axis.get_ylim()
-    wanted = {
-        name: float(np.clip((end - low) / (high - low), 0, 1))
-        for name, end in ends.items()
-        if math.isfinite(end)
-    }
-    placed = _spread(wanted, _LINE_HEIGHT / height)
-    for name, place in placed.items():
+    shown = {name: (x, min(max(y, low), high)) for name, (x, y) in ends.items() if math.isfinite(y)}
+    if not shown:
+        return
+    names = sorted(shown, key=lambda name: ends[name][1])
+    wanted = np.array([(shown[name][1] - low) / (high - low) for name in names])
+    # The least squares nearest places that are a line apart and in the same order.
+    apart = np.arange(len(names)) * _LINE_INCHES / inches
+    places = isotonic_regression(wanted - apart).x + apart
+    for name, place in zip(names, places, strict=True):
+        look = looks[name]
+        line = {"color": look.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
         axis.annotate(
             name,
-            xy=(1.0, wanted[name]),
-            xytext=(1.05, place),
-            xycoords="axes fraction",
+            xy=shown[name],
+            xytext=(1.06, float(place)),
             textcoords="axes fraction",
-            color=looks[name].colour if looks[name].front else "0.4",
+            color=look.colour if look.front else "0.4",
             fontsize=8,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": looks[name].colour, "linewidth": 0.6},
+            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5)} | line,
             annotation_clip=False,
         )
-
-
-def _spread(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Moves places up or down until they are a gap apart, keeping their order."""
-    names = sorted(wanted, key=lambda name: wanted[name])
-    places = [wanted[name] for name in names]
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    # As much up as down: the block is centred on where its members wanted to be.
-    shift = float(np.mean(places) - np.mean([wanted[name] for name in names])) if names else 0.0
-    return {name: place - shift for name, place in zip(names, places, strict=True)}
 
 
 def robust_limits(values: Sequence[float]) -> tuple[float, float]:
     """Limits that show all values but those far out, which would press the others together.
 
     Args:
-        values: At least one of them finite.
+        values: Those that are not finite are left out.
 
     Returns:
         Low and high: of values within three interquartile ranges of the quartiles, and some room.
     """
     finite = np.asarray([value for value in values if math.isfinite(value)])
+    if not finite.size:
+        return 0.0, 1.0
     first, third = np.percentile(finite, [25, 75])
     reach = 3 * (third - first) if third > first else math.inf
     inside = finite[(finite >= first - reach) & (finite <= third + reach)]
@@ -131,12 +137,13 @@ def draw_dots(
         looks: Of their names.
         named: Whether to write the names left of the axis.
     """
-    reach = [
+    extents = [
         value
         for dot in dots
-        for value in (dot.centre - (dot.error or 0), dot.centre + (dot.error or 0), *dot.points)
+        for reach in (max(dot.error or 0, dot.interval or 0),)
+        for value in (dot.centre - reach, dot.centre + reach, *dot.points)
     ]
-    low, high = robust_limits(reach)
+    low, high = robust_limits(extents)
     for y, dot in enumerate(dots):
         look = looks[dot.name]
         colour = look.colour if look.front else "0.45"
@@ -144,17 +151,24 @@ def draw_dots(
             _draw_far(axis, y, dot.centre, (low, high), colour)
             continue
         if dot.interval is not None:
-            axis.plot([dot.centre - dot.interval, dot.centre + dot.interval], [y, y], color=colour)
+            axis.plot(
+                [dot.centre - dot.interval, dot.centre + dot.interval],
+                [y, y],
+                color=colour,
+                linewidth=1,
+            )
         if dot.points:
             drawn: dict[str, Any] = {"color": "none", "edgecolors": colour, "s": 14, "zorder": 2}
             axis.scatter(dot.points, [y] * len(dot.points), linewidths=0.8, **drawn)
         axis.errorbar(
             *(dot.centre, y),
             xerr=dot.error,
-            fmt=look.marker if look.front else "o",
+            fmt=look.marker,
             color=colour,
-            markersize=5,
-            elinewidth=2.4,
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            elinewidth=2.2,
             zorder=3,
         )
     axis.set_xlim(low, high)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from opt_deus_jax.reporting.drawing import label_ends, robust_limits, styles
+from opt_deus_jax.reporting.drawing import label_ends, robust_limits, styles, write_title
 from opt_deus_jax.reporting.plots import COLOURS, LOOK
 
 
@@ -25,22 +25,15 @@ def learning_rates(rows: Sequence[Mapping[str, Any]], highlighted: Sequence[str]
         A figure.
     """
     looks = styles([row["contender"] for row in rows], highlighted)
-    figure = Figure(figsize=(7.5, 4.8), dpi=120, layout="constrained")
+    height = max(4.8, 1.6 + 0.16 * len(rows))
+    figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
     axis = figure.subplots()
     for row in rows:
         look, losses = looks[row["contender"]], row["losses"]
-        drawn: dict[str, Any] = {"color": look.colour, "zorder": 3 if look.front else 2}
-        axis.plot(
-            list(losses),
-            list(losses.values()),
-            marker=look.marker if look.front else "o",
-            markersize=4,
-            markerfacecolor="white",
-            linewidth=1.4 if look.front else 1,
-            **drawn,
-        )
-        marker = look.marker if look.front else "o"
-        axis.plot(row["chosen"], losses[row["chosen"]], marker, markersize=6, **drawn)
+        drawn: dict[str, Any] = {"color": look.colour, "marker": look.marker}
+        drawn |= {"zorder": 3 if look.front else 2, "linewidth": 1.4 if look.front else 1.0}
+        axis.plot(*zip(*losses.items(), strict=True), markersize=4, markerfacecolor="w", **drawn)
+        axis.plot([row["chosen"]], [losses[row["chosen"]]], markersize=6, **drawn)
     axis.set_xscale("log")
     rates = sorted({rate for row in rows for rate in row["losses"]})
     axis.set_xticks(rates, [f"{rate:.2g}" for rate in rates], rotation=45)
@@ -48,12 +41,14 @@ def learning_rates(rows: Sequence[Mapping[str, Any]], highlighted: Sequence[str]
     axis.set_xlabel("peak learning rate (filled: chosen)")
     axis.set_ylabel("held-out loss of the trial, nats a token")
     axis.set_ylim(*robust_limits([loss for row in rows for loss in row["losses"].values()]))
-    label_ends(axis, {r["contender"]: list(r["losses"].values())[-1] for r in rows}, looks)
+    axis.margins(x=0.02)
+    ends = {row["contender"]: list(row["losses"].items())[-1] for row in rows}
+    label_ends(axis, ends, looks, inches=height - 1.4)
     edges = [row["contender"] for row in rows if row["at_edge"]]
     found = f"is inside of what was tried for all {len(rows)} contenders"
     if edges:
         found = f"lies at the edge of what was tried for {len(edges)} of {len(rows)} contenders"
-    figure.suptitle(f"The best learning rate {found}", fontsize=10)
+    write_title(figure, f"The best learning rate {found}")
     return figure
 
 
@@ -85,10 +80,14 @@ def step_times(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axis.set_xlabel("times that of the same weights at the top")
     axis.margins(x=0.12)
     axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    low, high = rows[0]["times"], rows[-1]["times"]
-    figure.suptitle(
-        f"Away from the top a step takes {low:.2f} to {high:.2f} times as long", fontsize=10
-    )
+    placed = [row["times"] for row in rows if row["layout"] not in ("none", "stack")]
+    other = [row["times"] for row in rows if row["layout"] in ("none", "stack")]
+    found = [
+        f"{min(times):.2f} to {max(times):.2f} with {what}"
+        for what, times in (("new layers elsewhere", placed), ("everything trained", other))
+        if times
+    ]
+    write_title(figure, f"Times as long as with new layers at the top: {', '.join(found)}")
     return figure
 
 
@@ -118,7 +117,7 @@ def diagnostics_against_outcome(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axis.errorbar(
                 *(row[field], row["loss"]),
                 yerr=row["loss_stderr"],
-                fmt=look.marker if look.front else "o",
+                fmt=look.marker,
                 color=look.colour,
                 label=row["contender"],
             )
@@ -126,12 +125,12 @@ def diagnostics_against_outcome(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axis.margins(0.12)
         values = [row[field] for row in rows]
         if len(set(values)) > 1 and len(rows) > 2:
-            rank = float(stats.spearmanr(values, [row["loss"] for row in rows]).statistic)
+            rank = float(stats.spearmanr(values, [row["loss"] for row in rows])[0])  # pyright: ignore
             found.append(f"{rank:+.2f} with {label}" if math.isfinite(rank) else "")
     axes[0].set_ylabel("final held-out loss, nats a token")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     ranks = ", ".join(filter(None, found))
     said = f"Rank correlation of the final loss: {ranks}" if ranks else "Final loss by diagnostic"
-    figure.suptitle(f"{said} ({len(rows)} contenders)", fontsize=10)
+    write_title(figure, f"{said} ({len(rows)} contenders)")
     return figure
