@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ def read_run(path: Path) -> FinishedRun:
         UserError: It is no JSON object, or a field is missing; names both.
     """
     try:
-        content = json.loads(path.read_text())
+        # Infinity as NaN: both say that a run diverged, and no mean of infinities is in the way.
+        content = json.loads(path.read_text(), parse_constant=lambda _: math.nan)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no JSON ({error}); delete it and run it again") from None
     if not isinstance(content, dict):
@@ -150,6 +152,11 @@ def read_run(path: Path) -> FinishedRun:
             value = [value]
         for part in value.values() if isinstance(value, dict) else value:
             _require(path, part, wanted, f"{name}.")
+    last = content["held_out"][-1]["step"]
+    if last != content["steps"]:
+        raise UserError(
+            f"{path}: field held_out ends at step {last} of {content['steps']}; run it again"
+        )
     return FinishedRun(**{k: content[k] for k in _FIELDS if k in content}, path=path)
 
 

@@ -116,6 +116,7 @@ def draw_figures(
     """
     finals = {n: found for n, found in statistics.finals_by_contender(runs).items() if found}
     front, first = highlighted(finals, references), references[0]
+    ended = [row for row in summary["contenders"] if row["seeds"]]
     losses = {name: [run.final_loss for run in found] for name, found in finals.items()}
     differences = [
         row
@@ -132,7 +133,9 @@ def draw_figures(
     sweeps, curves = summary["sweeps"], _curves(finals)
     return {
         "loss_curves": comparison_plots.loss_curves(curves, first, front) if finals else None,
-        "final_losses": comparison_plots.final_losses(losses, first, front) if finals else None,
+        "final_losses": comparison_plots.final_losses(ended, losses, first, front)
+        if finals
+        else None,
         "paired_differences": comparison_plots.paired_differences(differences, first, front)
         if differences
         else None,

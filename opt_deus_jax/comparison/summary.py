@@ -252,7 +252,9 @@ def task_accuracies(runs: Sequence[FinishedRun]) -> dict[str, dict[str, tuple[fl
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values; None of fewer than two."""
+    """Of the mean of independent values; None of fewer than two, NaN where one diverged."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 

@@ -101,28 +101,33 @@ def _draw_curves(
 
 @mpl.rc_context(LOOK)
 def final_losses(
-    losses: Mapping[str, Sequence[float]], reference: str, highlighted: Sequence[str]
+    rows: Sequence[Mapping[str, Any]],
+    losses: Mapping[str, Sequence[float]],
+    reference: str,
+    highlighted: Sequence[str],
 ) -> Figure:
     """Final held-out loss of each contender: seeds, mean and its standard error.
 
     Args:
-        losses: By contender, in the order to draw: one a seed.
+        rows: From `contender_rows`, those with a final loss, in the order to draw.
+        losses: By contender, one a seed.
         reference: Gets a line through its mean.
         highlighted: Contenders that get a colour.
 
     Returns:
         A figure.
     """
-    figure, axis = _row_figure(len(losses))
+    figure, axis = _row_figure(len(rows))
     dots = [
-        Dot(name, float(np.mean(values)), _standard_error(values), points=values)
-        for name, values in losses.items()
+        Dot(name, row["loss_100"], row["loss_stderr"], points=losses[name])
+        for row in rows
+        for name in (row["contender"],)
     ]
     draw_dots(axis, dots, styles(list(losses), highlighted))
     best = dots[0]
     title = f"{best.name} ends lowest: {best.centre:.3f} nats a token"
     if reference in losses:
-        mean = float(np.mean(losses[reference]))
+        mean = next(dot.centre for dot in dots if dot.name == reference)
         axis.axvline(mean, color="0.3", linestyle="--", linewidth=1, zorder=1)
         better = sum(dot.centre < mean for dot in dots)
         title += f"; {better} of {len(dots) - 1} others end below {reference} (dashed)"
@@ -147,7 +152,7 @@ def paired_differences(
     """
     figure, axis = _row_figure(len(rows))
     dots = []
-    for row in sorted(rows, key=lambda row: row["loss_difference"]):
+    for row in sorted(rows, key=_ranked):
         error = row["loss_stderr"]
         wide = error and error * float(stats.t.ppf(0.975, row["loss_pairs"] - 1))
         dots.append(Dot(row["contender"], row["loss_difference"], error, wide))
@@ -215,5 +220,6 @@ def _row_figure(rows: int) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _standard_error(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+def _ranked(row: Mapping[str, Any]) -> float:
+    difference = row["loss_difference"]
+    return math.inf if math.isnan(difference) else difference

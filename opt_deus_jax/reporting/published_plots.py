@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -39,7 +38,7 @@ def published_beside_ours(
         A figure; the scales of the two sides have nothing to do with each other.
     """
     figure = Figure(figsize=(12, 4 + 0.2 * len(ours)), dpi=120, layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, wspace=0.06))
+    left, right = figure.subfigures(1, 2, squeeze=False, wspace=0.06).flat
     looks = styles(list(theirs), list(theirs))
     for side, label, shade in ((left, labels[0], "0.96"), (right, labels[1], "white")):
         side.set_facecolor(shade)
