@@ -90,6 +90,7 @@ _FIELDS = [field.name for field in dataclasses.fields(FinishedRun) if field.name
 _OF_FINAL_RUNS = ("accuracies", "word_perplexity")
 _PARTS: dict[str, tuple[str, ...]] = {
     "method": ("layout", "weights", "zero_init", "trained", "transport"),
+    "recipe": ("base",),
     "held_out": ("step", "tokens", "loss"),
     "accuracies": ("acc", "acc_stderr", "questions"),
     "diagnostics": ("match_gain", "effective_sources", "norm_ratio_next"),
@@ -148,7 +149,7 @@ def read_run(path: Path) -> FinishedRun:
         raise UserError(f"{path}: field held_out is empty; run it again")
     for name, wanted in _PARTS.items():
         value = content.get(name, {})
-        if name == "method":
+        if name in ("method", "recipe"):
             value = [value]
         for part in value.values() if isinstance(value, dict) else value:
             _require(path, part, wanted, f"{name}.")

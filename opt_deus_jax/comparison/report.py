@@ -118,7 +118,7 @@ def draw_figures(
     front, first = highlighted(finals, references), references[0]
     ended = [row for row in summary["contenders"] if row["seeds"]]
     losses = {name: [run.final_loss for run in found] for name, found in finals.items()}
-    differences = [
+    paired = [
         row
         for row in summary["paired"]
         if row["reference"] == first and row["loss_difference"] is not None
@@ -131,21 +131,16 @@ def draw_figures(
     ]
     reports = [row for row in summary["diagnostics"] if row["loss"] is not None]
     sweeps, curves = summary["sweeps"], _curves(finals)
+    plots, tuning = comparison_plots, tuning_plots
     return {
-        "loss_curves": comparison_plots.loss_curves(curves, first, front) if finals else None,
-        "final_losses": comparison_plots.final_losses(ended, losses, first, front)
-        if finals
-        else None,
-        "paired_differences": comparison_plots.paired_differences(differences, first, front)
-        if differences
-        else None,
-        "accuracies": comparison_plots.accuracies(by_task, front) if by_task else None,
-        "step_times": tuning_plots.step_times(steps) if steps else None,
-        "learning_rates": tuning_plots.learning_rates(sweeps, front) if sweeps else None,
-        "diagnostics": tuning_plots.diagnostics_against_outcome(reports) if reports else None,
-        "published": _published_figure(finals, summary, published)
-        if published and finals
-        else None,
+        "loss_curves": plots.loss_curves(curves, first, front) if finals else None,
+        "final_losses": plots.final_losses(ended, losses, first, front) if finals else None,
+        "paired_differences": plots.paired_differences(paired, first, front) if paired else None,
+        "accuracies": plots.accuracies(by_task, front) if by_task else None,
+        "step_times": tuning.step_times(steps) if steps else None,
+        "learning_rates": tuning.learning_rates(sweeps, front) if sweeps else None,
+        "diagnostics": tuning.diagnostics_against_outcome(reports) if reports else None,
+        "published": _published_figure(finals, ended, published) if published and finals else None,
     }
 
 
@@ -186,24 +181,24 @@ def _curves(finals: dict[str, list[FinishedRun]]) -> dict[str, Curve]:
 
 def _published_figure(
     finals: dict[str, list[FinishedRun]],
-    summary: dict[str, list[statistics.Row]],
+    ended: Sequence[statistics.Row],
     path: Path,
 ) -> Figure:
     theirs = {
         method: [(x.step, x.word_perplexity, x.mean_accuracy) for x in found]
         for method, found in published_curves(read_published(path)).items()
     }
-    ended = [run for found in finals.values() for run in found]
+    runs = [run for found in finals.values() for run in found]
     counterparts = {name: published_name(found[0].method) for name, found in finals.items()}
-    run = max(ended, key=lambda run: run.parameters)
-    seeds = len({run.seed for run in ended})
+    run = max(runs, key=lambda run: run.parameters)
+    seeds = len({run.seed for run in runs})
     ours = (
-        f"ours: {run.recipe.get('base', 'base')} grown to {run.parameters / 1e6:,.0f}M, "
+        f"ours: {run.recipe['base']} grown to {run.parameters / 1e6:,.0f}M, "
         f"{run.steps * run.tokens_per_step / 1e6:.3g}M tokens, {seeds} seed{'s' * (seeds > 1)}"
     )
     return published_beside_ours(
         theirs,
-        [row for row in summary["contenders"] if row["seeds"]],
+        ended,
         {name: known for name, known in counterparts.items() if known},
         ("published: Llama-3.2-1B 1.24B→1.72B, 1.5B tokens, one seed", ours),
     )

@@ -38,6 +38,7 @@ def test_a_missing_field_is_named_with_its_file(tmp_path, field):
     ("field", "value", "name"),
     [
         ("method", {"layout": "top"}, r"method\.weights"),
+        ("recipe", {}, r"recipe\.base"),
         ("held_out", [{"step": 0, "tokens": 0}], r"held_out\.loss"),
         ("accuracies", {"piqa": {"acc": 0.5}}, r"accuracies\.acc_stderr"),
         ("diagnostics", [{"match_gain": 1}], r"diagnostics\.effective_sources"),

@@ -7,7 +7,15 @@ from scipy import stats
 
 from opt_deus_jax.comparison import summary
 from opt_deus_jax.comparison.finished import read_runs
-from tests.comparison.made_up_runs import TASKS, a_comparison, a_run, method, transport, write
+from tests.comparison.made_up_runs import (
+    TASKS,
+    a_comparison,
+    a_run,
+    contenders,
+    method,
+    transport,
+    write,
+)
 
 DRAW = np.random.default_rng(5)
 # Seed 3 is missing at one, seed 0 at the other.
@@ -213,7 +221,7 @@ def test_a_run_that_diverged_is_last_and_spoils_no_other(tmp_path):
 
 
 def test_rows_are_plain(tmp_path):
-    runs = read_runs(write(tmp_path, *a_comparison(seeds=2)))
+    runs = read_runs(write(tmp_path, *a_comparison(contenders(), seeds=2)))
     for rows in (
         summary.contender_rows(runs),
         summary.paired_rows(runs, ["copy_next", "llama_pro"]),
