@@ -139,13 +139,13 @@ def draw_figures(
         "accuracies": plots.accuracies(by_task, front) if by_task else None,
         "step_times": tuning.step_times(steps) if steps else None,
         "learning_rates": tuning.learning_rates(sweeps, front) if sweeps else None,
-        "diagnostics": tuning.diagnostics_against_outcome(reports) if reports else None,
+        "diagnostics": tuning.diagnostics_against_outcome(reports) if reports[1:] else None,
         "published": _published_figure(finals, ended, published) if published and finals else None,
     }
 
 
 def highlighted(finals: dict[str, list[FinishedRun]], references: Sequence[str]) -> list[str]:
-    """Contenders that get a colour: the references, the best, the best of each kind of weights.
+    """Contenders that get a colour: references, best, best that transports, best of other weights.
 
     Args:
         finals: By contender, the best first.
@@ -154,7 +154,9 @@ def highlighted(finals: dict[str, list[FinishedRun]], references: Sequence[str])
     Returns:
         At most six.
     """
-    names = [name for name in dict.fromkeys([*references, *list(finals)[:1]]) if name in finals]
+    moved = [name for name, found in finals.items() if found[0].method["weights"] == "transport"]
+    wanted = dict.fromkeys([*references, *list(finals)[:1], *moved[:1]])
+    names = [name for name in wanted if name in finals]
     kinds = {_kind(finals[name][0]) for name in names}
     for name, found in finals.items():
         if name not in names and _kind(found[0]) not in kinds:

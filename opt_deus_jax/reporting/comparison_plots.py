@@ -83,6 +83,7 @@ def _draw_curves(
 ) -> None:
     """Lines with bands; limits leave out curves that are far from the others."""
     means = {name: y_RS.mean(axis=0) for name, (_, y_RS) in curves.items()}
+    extents = [float(value) for mean in means.values() for value in mean]
     for name, (x_S, y_RS) in curves.items():
         look, mean_S, millions_S = looks[name], means[name], x_S / 1e6
         marker, width, order = (look.marker, 1.6, 3) if look.front else (None, 1.0, 2)
@@ -92,7 +93,8 @@ def _draw_curves(
             error_S = np.std(y_RS, axis=0, ddof=1) / math.sqrt(len(y_RS))
             band = mean_S - error_S, mean_S + error_S
             axis.fill_between(millions_S, *band, color=look.colour, alpha=0.2, linewidth=0)
-    axis.set_ylim(*robust_limits([float(value) for mean in means.values() for value in mean]))
+            extents += [float(value) for edge in band for value in edge]
+    axis.set_ylim(*robust_limits(extents))
     axis.margins(x=0.01)
     axis.set_xlabel("training tokens, millions")
     ends = {name: (curves[name][0][-1] / 1e6, float(means[name][-1])) for name in named}
@@ -166,8 +168,8 @@ def paired_differences(
     )
     write_title(
         figure,
-        f"Of {len(rows)} contenders {below} end below {reference} and {len(known) - below} above "
-        f"it at p < {SIGNIFICANT} (paired, not corrected for their number)",
+        f"Of {len(rows)} others {below} end below {reference} and {len(known) - below} above "
+        f"it at p < {SIGNIFICANT} (paired, uncorrected)",
     )
     return figure
 

@@ -37,7 +37,7 @@ def published_beside_ours(
     Returns:
         A figure; the scales of the two sides have nothing to do with each other.
     """
-    figure = Figure(figsize=(12, 4 + 0.2 * len(ours)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, max(6.5, 4 + 0.2 * len(ours))), dpi=120, layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, wspace=0.06).flat
     looks = styles(list(theirs), list(theirs))
     for side, label, shade in ((left, labels[0], "0.96"), (right, labels[1], "white")):

@@ -7,7 +7,14 @@ from PIL import Image
 from rich.console import Console
 
 from opt_deus_jax.comparison.finished import read_runs
-from opt_deus_jax.comparison.report import draw_figures, summarize, summary_tables, write_report
+from opt_deus_jax.comparison.report import (
+    draw_figures,
+    highlighted,
+    summarize,
+    summary_tables,
+    write_report,
+)
+from opt_deus_jax.comparison.summary import finals_by_contender
 from opt_deus_jax.errors import UserError
 from tests.comparison.made_up_runs import a_comparison, a_run, contenders, write
 from tests.comparison.test_published import an_evaluation, written
@@ -95,3 +102,19 @@ def test_tables_fold_in_a_narrow_window_and_lose_nothing(tmp_path):
 def test_a_comparison_needs_a_reference(tmp_path):
     with pytest.raises(UserError, match="references"):
         write_report(write(tmp_path, a_run()), tmp_path, (), None)
+
+
+def test_the_references_the_best_and_the_best_transport_get_colours(tmp_path):
+    names = ["average", "half_next", "random", "opt_deus_reference", "opt_deus_assignment"]
+    names += ["copy_next_middle", "copy_next", "llama_pro", "base"]
+    methods = contenders()
+    runs = [a_run(n, method=methods[n], final=2.5 + i / 10) for i, n in enumerate(names)]
+    finals = finals_by_contender(read_runs(write(tmp_path, *runs)))
+    assert highlighted(finals, REFERENCES) == [
+        "copy_next",
+        "llama_pro",
+        "average",
+        "opt_deus_reference",
+        "half_next",
+        "random",
+    ]

@@ -72,7 +72,7 @@ def test_paired_differences_have_intervals_and_are_counted():
     (axis,) = figure.axes
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert names == ["better", "unclear", "one_pair", "worse", "lost"]
-    assert "Of 5 contenders 1 end below copy_next and 1 above" in " ".join(
+    assert "Of 5 others 1 end below copy_next and 1 above" in " ".join(
         figure.get_suptitle().split()
     )
     widths = [
