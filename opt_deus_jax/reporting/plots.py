@@ -16,7 +16,7 @@ from opt_deus_jax.transport.diagnostics import MatrixReport
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PICTURE = "diagnostics.png"
-_LOOK: dict[Any, Any] = {
+LOOK: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
@@ -25,7 +25,8 @@ _LOOK: dict[Any, Any] = {
 }
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, the same bytes for the same figure; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": ""})
 
@@ -56,7 +57,7 @@ def plot_diagnostics(
     names = [report.name for report in reports[first_depth]]
     order = {report.name: report.match_order for report in reports[first_depth]}
     shown = [name for name in ("query", "gate", "up") if name in maps]
-    with mpl.rc_context(_LOOK):
+    with mpl.rc_context(LOOK):
         figure = Figure(figsize=(11, 7.2), dpi=120, layout="constrained")
         axes = figure.subplots(2, 3)
         for axis, name in zip(axes[0], shown, strict=True):
@@ -81,7 +82,7 @@ def plot_diagnostics(
             f"Transport of A's neurons onto B's, {len(reports)} new layers "
             "(bars: mean, dots: layers)"
         )
-        _save(figure, directory / PICTURE)
+        save(figure, directory / PICTURE)
 
 
 def _dense(map_MN: np.ndarray | sparse.csr_array) -> np.ndarray:
@@ -120,7 +121,7 @@ def plot_losses(
     steps, losses = [line["step"] for line in trained], [line["loss"] for line in trained]
     held_out_steps, held_out_losses = zip(*held_out, strict=True)
     fall = held_out_losses[0] - held_out_losses[-1]
-    with mpl.rc_context(_LOOK):
+    with mpl.rc_context(LOOK):
         figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
         axis = figure.subplots()
         axis.plot(steps, losses, color=COLOURS[5], linewidth=1, label="training text")
@@ -133,4 +134,4 @@ def plot_losses(
         verb = "fell" if fall >= 0 else "rose"
         axis.set_title(f"Held-out loss {verb} by {abs(fall):.2f} nats a token")
         axis.legend(frameon=False)
-        _save(figure, path)
+        save(figure, path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -83,7 +84,10 @@ def diagnostics_table(reports: Mapping[int, Sequence[MatrixReport]]) -> Table:
 
 def records_table(rows: Sequence[Mapping[str, object]], title: str) -> Table:
     """A line per mapping, a column per key of the first; floats to three digits."""
-    table = Table(*rows[0], title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+    for key in rows[0]:
+        # In a narrow window cells are folded, never cut.
+        table.add_column(key, overflow="fold")
     for row in rows:
         cells = (row[key] for key in rows[0])
         table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
