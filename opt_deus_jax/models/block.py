@@ -135,7 +135,7 @@ class DecoderBlock(nn.Module):
             return y if bias is None else y + bias[None, None]
 
         def norm(name: str, x: Array) -> Array:
-            # A norm that the architecture does not have.
+            # Architectures leave out different ones.
             return root_mean_square_norm(x, params[name], config.norm) if name in params else x
 
         def add(x_BTD: Array, name: str, branch: Array) -> Array:

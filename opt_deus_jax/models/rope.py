@@ -113,13 +113,7 @@ def read_rope(
     truncate = fields.pop("truncate", True) if kind == "yarn" else True
     if not all(is_number(value) for value in (theta, fraction, *fields.values())):
         raise UserError(f"{where}: rope_theta={theta!r} and {fields} must be numbers")
-    needed, allowed = _KEYS[kind]
-    if not needed <= set(fields) <= needed | allowed:
-        may = f" and may have {sorted(allowed)}" if allowed else ""
-        raise UserError(
-            f"{where}: rope type {kind!r} needs exactly the fields {sorted(needed)}{may}, "
-            f"found {sorted(fields)}; correct rope_scaling"
-        )
+    _check_keys(kind, fields, where)
     original = fields.get("original_max_position_embeddings", max_positions * (kind == "yarn"))
     return RopeConfig(
         theta=float(theta),
@@ -134,6 +128,16 @@ def read_rope(
         beta_slow=float(fields.get("beta_slow") or 1.0),
         truncate=bool(truncate),
     )
+
+
+def _check_keys(kind: str, fields: Mapping[str, Any], where: str) -> None:
+    needed, allowed = _KEYS[kind]
+    if not needed <= set(fields) <= needed | allowed:
+        may = f" and may have {sorted(allowed)}" if allowed else ""
+        raise UserError(
+            f"{where}: rope type {kind!r} needs exactly the fields {sorted(needed)}{may}, "
+            f"found {sorted(fields)}; correct rope_scaling"
+        )
 
 
 def _yarn_table_factor(fields: Mapping[str, Any]) -> float:

@@ -189,6 +189,21 @@ class _Reader:
             self.fused_tensors[hf_name] = cast
 
 
+def _prove(
+    source: CheckpointSource, grown: CheckpointSource, plan: _Plan, probe_BT: np.ndarray
+) -> IdentityReport:
+    """Compares the grown model, as it is stored, to its base; refuses what should be one."""
+    grown = split_fused(grown, read_model_config(grown.hf_config))
+    identity = compare_to_base(source, grown, probe_BT)
+    should_be = plan.method.zero_init or plan.upscale.method == "base"
+    if should_be and not identity.bit_identical:
+        raise UserError(
+            f"{grown.name}: the grown model is not its base (logits differ by up to "
+            f"{identity.max_difference:.3g}); nothing was written, please report this"
+        )
+    return identity
+
+
 def _options(plan: _Plan) -> dict[str, Any]:
     options: dict[str, Any] = dataclasses.asdict(plan.method)
     options |= {"num_new_layers": sum(layer.is_new for layer in plan.layers)}
@@ -270,16 +285,9 @@ def expand_checkpoint(
         write_weights(partial, tensors, read, max_shard_bytes)
         for file, content in source.side_files.items():
             (partial / file).write_bytes(content)
-        hf_config = grown_hf_config(source.hf_config, plan.parents)
-        write_json(partial / "config.json", hf_config)
+        write_json(partial / "config.json", grown_hf_config(source.hf_config, plan.parents))
         grown = open_hf_directory(partial, str(directory))
-        grown = split_fused(grown, read_model_config(hf_config))
-        identity = compare_to_base(source, grown, probe_BT)
-        if (method.zero_init or upscale.method == "base") and not identity.bit_identical:
-            raise UserError(
-                f"{directory}: the grown model is not its base (logits differ by up to "
-                f"{identity.max_difference:.3g}); nothing was written, please report this"
-            )
+        identity = _prove(source, grown, plan, probe_BT)
         (partial / "README.md").write_text(_model_card(source.name, plan, identity))
         if reader.sample_maps:
             draw(partial, reader.sample_maps, reader.reports)

@@ -19,6 +19,7 @@ from opt_deus_jax.checkpoints.tokenizer import load_tokenizer
 from opt_deus_jax.errors import UserError
 
 Type = gguf.GGMLQuantizationType
+QUANTISED = (Type.Q4_0, Type.Q6_K, Type.Q4_1, Type.Q5_0, Type.Q4_K, Type.Q8_0)
 HIDDEN, WIDE, HEADS, KV_HEADS, LAYERS, VOCABULARY = 256, 512, 4, 2, 2, 400
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = ["def f(x): return x + 1234\n\n\n    # it's 12 o'clock, we'll go   home\n"] * 3 + [
@@ -167,10 +168,7 @@ def oracle_tensors(path: pathlib.Path, hf_config: dict) -> dict[str, np.ndarray]
         (Type.F32, np.float32),
         (Type.F16, np.float16),
         (Type.BF16, ml_dtypes.bfloat16),
-        *[
-            (kind, np.float32)
-            for kind in (Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q4_K, Type.Q6_K)
-        ],
+        *[(kind, np.float32) for kind in QUANTISED],
     ],
 )
 def test_each_tensor_type_is_read_in_its_dtype(tmp_path, kind, dtype):
@@ -193,8 +191,7 @@ def test_each_tensor_type_is_read_in_its_dtype(tmp_path, kind, dtype):
 
 def test_a_file_of_every_type_equals_transformers(tmp_path):
     names = [name for name, shape in shapes().items() if len(shape) == 2]
-    kinds = [Type.Q4_0, Type.Q6_K, Type.Q4_1, Type.Q5_0, Type.Q4_K, Type.Q8_0, Type.F16, Type.BF16]
-    types = {name: kinds[index % len(kinds)] for index, name in enumerate(names)}
+    types = {name: (*QUANTISED, Type.F16, Type.BF16)[i % 8] for i, name in enumerate(names)}
     write_gguf(tmp_path / "m.gguf", types=types)
     source = open_gguf(tmp_path / "m.gguf")
     expected = oracle_tensors(tmp_path / "m.gguf", source.hf_config)
