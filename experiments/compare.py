@@ -3,7 +3,8 @@ r"""Compares ways to grow a model: each trained alike, on the same text in the s
 python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
 For every contender of the config it tries learning rates, trains once for each seed and asks the
 tasks. A finished run leaves RESULTS/NAME.json and is not made again: interrupt it, start it again,
-on another machine too.
+on another machine too. Then it writes tables and pictures to RESULTS/report, as far as the runs go;
+--report_only makes only these. --published=FILE draws the authors' official_results.json beside.
 """
 
 import shlex
@@ -13,6 +14,8 @@ from pathlib import Path
 from absl import flags
 
 from opt_deus_jax import launch
+from opt_deus_jax.comparison.finished import read_runs
+from opt_deus_jax.comparison.report import summarize, summary_tables, write_report
 from opt_deus_jax.comparison.running import prepare, run_all
 from opt_deus_jax.comparison.runs import check_comparison
 from opt_deus_jax.config import Comparison
@@ -21,7 +24,9 @@ from opt_deus_jax.reporting.tables import show
 
 _RESULTS = flags.DEFINE_string("results", "", "Folder of the results; empty: WORKDIR/results.")
 _ONLY = flags.DEFINE_list("only", [], "Contenders to run; empty: all.")
-launch.define_flags(others=("results", "only"))
+_REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Run nothing, report what is there.")
+_PUBLISHED = flags.DEFINE_string("published", "", "The authors' official_results.json.")
+launch.define_flags(others=("results", "only", "report_only", "published"))
 
 
 def _command() -> str:
@@ -43,9 +48,16 @@ def main() -> None:
         raise UserError(f"--only={unknown[0]}: no contender; use some of {', '.join(names)}")
     workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
     results = Path(_RESULTS.value).absolute() if _RESULTS.value else workdir / "results"
-    setting = prepare(comparison, workdir=workdir, results=results, command=_command(), say=show)
-    for _ in run_all(setting, _ONLY.value):
-        pass
+    if not _REPORT_ONLY.value:
+        setting = prepare(
+            comparison, workdir=workdir, results=results, command=_command(), say=show
+        )
+        for _ in run_all(setting, _ONLY.value):
+            pass
+    published = Path(_PUBLISHED.value) if _PUBLISHED.value else None
+    written = write_report(results, results / "report", comparison.references, published)
+    show(*summary_tables(summarize(read_runs(results), comparison.references)))
+    show(f"{len(written)} tables and pictures: {results / 'report'}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The search for a learning rate: up and down by a factor until the best is bracketed."""
 
+import math
 from collections.abc import Mapping
 
 
@@ -25,5 +26,9 @@ def next_exponent(losses: Mapping[int, float], furthest: int) -> int | None:
 
 
 def best_exponent(losses: Mapping[int, float]) -> int:
-    """The exponent of the lowest loss; of equal ones the lowest rate."""
-    return min(sorted(losses), key=lambda exponent: losses[exponent])
+    """The exponent of the lowest loss; of equal ones the lowest rate; NaN is the worst."""
+
+    def loss(exponent: int) -> float:
+        return math.inf if math.isnan(losses[exponent]) else losses[exponent]
+
+    return min(sorted(losses), key=loss)

@@ -27,7 +27,8 @@ def contender(name: str = "copy_next", **settings: Any) -> Contender:
 
 
 def comparison(**fields: Any) -> Comparison:
-    return Comparison(**{"contenders": (contender(),)} | fields)
+    fields = {"contenders": (contender(),)} | fields
+    return Comparison(**fields)
 
 
 def result_of(run: Run, one: Comparison) -> dict[str, Any]:

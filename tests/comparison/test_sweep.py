@@ -33,3 +33,7 @@ def test_it_goes_no_further_than_it_may(furthest: int):
 
 def test_of_equal_losses_the_lowest_rate_is_taken():
     assert best_exponent({1: 2.0, 0: 2.0, -1: math.inf}) == 0
+
+
+def test_what_diverged_is_never_the_best():
+    assert best_exponent({-1: math.nan, 0: 2.0, 1: math.nan}) == 0
