@@ -178,6 +178,21 @@ def _unknown(name: str, known: Sequence[str], others: str) -> UserError:
     )
 
 
+def name_of(item: Task | Group) -> str:
+    """Name of a task or group."""
+    return item.name if isinstance(item, Group) else item.task_name
+
+
+def output_types(item: Task | Group) -> set[str]:
+    """What is asked of a model: `multiple_choice`, `loglikelihood_rolling` and so on."""
+    return {leaf.OUTPUT_TYPE for leaf in _leaves(item)}
+
+
+def is_rolling(item: Task | Group) -> bool:
+    """Whether whole texts are scored, as wikitext's are, not answers to questions."""
+    return output_types(item) == {"loglikelihood_rolling"}
+
+
 def first_questions(tasks: Sequence[Task | Group], limit: int) -> dict[str, list[int]] | None:
     """Which questions to ask.
 

@@ -1,24 +1,32 @@
-"""The launcher that evaluates, as a user runs it."""
+"""The launchers that evaluate, as a user runs them."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.entry.launching import CONFIG, fail, succeed
+from tests.checkpoints.test_gguf import shapes, write_gguf
+from tests.entry.launching import CONFIG, fail, sentence, succeed
 from tests.evaluation.questions import write_questions
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_questions(tmp_path_factory.mktemp("questions") / "lmeval")
+    folder = write_questions(tmp_path_factory.mktemp("questions") / "lmeval")
+    # Longer than any context here.
+    rows = ({"question": "what", "passage": sentence(i, 200), "label": i % 2} for i in range(3))
+    with gzip.open(folder / "boolq_validation.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return folder
 
 
 def _arguments(base: Path, workdir: Path, questions: Path) -> tuple[str, ...]:
     return (
         *(f"--config={CONFIG}", f"--config.base={base}", f"--workdir={workdir}"),
-        *("--config.evaluation.tasks=('piqa','wikitext')",),
+        *("--config.evaluation.tasks=('piqa','boolq','wikitext')",),
         f"--config.evaluation.local_data={questions}",
     )
 
@@ -27,11 +35,12 @@ def test_results_are_lm_eval_s(base: Path, questions: Path, tmp_path: Path) -> N
     arguments = _arguments(base, tmp_path, questions)
     shown = succeed("evaluate", *arguments, "--model=base", "--name=before", "--samples")
     assert "word_perplexity" in shown
-    # The text of 150 words is longer than the context of 128.
-    assert "fit the context: 0" in shown
+    # Both answers to the questions of boolq; texts of wikitext are read in windows.
+    assert "fit the context: 6" in shown
     results = json.loads((tmp_path / "evaluation" / "before.json").read_text())
     assert results["results"]["piqa"].keys() >= {"acc,none", "acc_stderr,none", "acc_norm,none"}
     assert results["results"]["wikitext"]["word_perplexity,none"] > 1
+    assert results["config"]["truncated_requests"] == 6
     assert results["n-samples"]["piqa"] == {"original": 3, "effective": 3}
     lines = (tmp_path / "evaluation" / "before_samples_piqa.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["acc"] for line in lines) / 3 == pytest.approx(
@@ -65,3 +74,35 @@ def test_without_lm_eval_the_extra_is_named(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     error = fail("evaluate", *_arguments(base, tmp_path, questions), "--model=base")
     assert "opt_deus_jax[eval]" in error
+
+
+def test_the_hf_backend_agrees_and_both_are_timed(questions: Path, tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    tensors = {
+        name: (0.1 * draw.standard_normal(shape) + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes().items()
+    }
+    write_gguf(tmp_path / "base.gguf", tensors=tensors)
+    workdir = tmp_path / "run"
+    shown = succeed(
+        "benchmark_evaluate",
+        *_arguments(tmp_path / "base.gguf", workdir, questions),
+        *("--threads=1", "--texts=1", "--hf_batch_size=2"),
+    )
+    assert "Seconds of scoring" in shown
+    assert (workdir / "base" / "expanded" / "tokenizer.json").exists()
+    result = json.loads((workdir / "benchmark_evaluate.json").read_text())
+    assert result["cores"] == 1
+    rows = {row["task"]: row for row in result["tasks"]}
+    assert {name: row["questions"] for name, row in rows.items()} == {
+        **{"piqa": 3, "boolq": 3, "wikitext": 1}
+    }
+    assert [row["hf_batch_size"] for row in rows.values()] == [2, 2, 1]
+    for row in rows.values():
+        assert row["relative_difference"] < 1e-4
+        assert 0 < row["largest_difference"] < 1e-3
+        assert row["disagreements"] == []
+        assert row["ours_s"] > row["compile_s"] >= 0
+        assert row["speed_ratio"] == pytest.approx(row["theirs_s"] / row["ours_s"])
+    assert rows["piqa"]["metrics"].keys() == {"acc", "acc_norm"}
+    assert rows["wikitext"]["ours"] > 1

@@ -11,8 +11,9 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.checkpoints.tokenizer import load_tokenizer
-from opt_deus_jax.config import PAPER_TASKS, EvaluationConfig, MeshConfig
+from opt_deus_jax.config import PAPER_TASKS, EvaluationConfig, MeshConfig, UpscaleConfig
 from opt_deus_jax.distributed.mesh import make_mesh
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
@@ -20,6 +21,8 @@ from opt_deus_jax.evaluation.loading import LoadedModel
 from opt_deus_jax.evaluation.results import metric_rows
 from opt_deus_jax.evaluation.tasks import load_tasks, run_tasks
 from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.upscaling.expand import expand_checkpoint
+from opt_deus_jax.upscaling.probe import probe_tokens
 from tests.evaluation.conftest import hf_backend, write_model
 from tests.llama_checkpoints import oracle_model, params_of, smollm2
 
@@ -111,6 +114,23 @@ def test_generations_equal_the_hf_backend(model: OptDeusModel, oracle: Any) -> N
     expected = [oracle.generate_until([request], disable_tqdm=True)[0] for request in requests]
     assert found == expected
     assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize("layout", ["top", "uniform"])
+def test_a_grown_model_answers_exactly_as_its_base(
+    checkpoint: Path, model: OptDeusModel, tmp_path: Path, layout: str
+) -> None:
+    source, folder = open_checkpoint(str(checkpoint)), tmp_path / "grown"
+    upscale = UpscaleConfig(method="opt_deus", layout=layout, num_new_layers=1)
+    expand_checkpoint(source, upscale, folder, probe_BT=probe_tokens(source), max_shard_bytes=10**9)
+    grown = OptDeusModel(str(folder))
+    assert (model.model.config.num_layers, grown.model.config.num_layers) == (2, 3)
+    arguments = [("the base", " computes"), ("the " * 120, "grown model"), ("A.", " B")]
+    requests = _requests("loglikelihood", arguments)
+    texts = _requests("loglikelihood_rolling", [("what its base computes " * 30,), ("A.",)])
+    # Every bit of every sum.
+    assert grown.loglikelihood(requests, True) == model.loglikelihood(requests, True)
+    assert grown.loglikelihood_rolling(texts, True) == model.loglikelihood_rolling(texts, True)
 
 
 def test_settings_of_generation_that_cannot_be_kept_are_refused(model: OptDeusModel) -> None:
