@@ -85,7 +85,7 @@ def get_config(variant: str = "") -> Comparison:
         shared.training.remat = "matmuls"
         shared.training.loss_chunk_tokens = 8192
         shared.evaluation.batch_tokens = 65_536
-        comparison.questions, comparison.perplexity_pages = 0, 62
+        comparison.questions, comparison.perplexity_pages = 1000, 62
     elif variant == "smoke":
         shared.data.max_train_tokens = 20_000
         shared.data.max_held_out_tokens = 1_024

@@ -299,7 +299,7 @@ class Comparison:
     contenders: tuple[Contender, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     sweep_seed: int = 1000
-    sweep_fraction: float = 0.2
+    sweep_fraction: float = 0.4
     rate_factor: float = 2.0
     max_rate_steps: int = 3
     questions: int = 0

@@ -56,6 +56,11 @@ def check_comparison(comparison: Comparison) -> None:
             )
         validate(contender.upscale, "upscale.")
         resolve_method(contender.upscale)
+    unknown = [name for name in comparison.references if name not in names]
+    if unknown or not comparison.references:
+        raise UserError(
+            f"config field references={comparison.references}: name some of {', '.join(names)}"
+        )
     if not comparison.seeds or comparison.sweep_seed in comparison.seeds:
         raise UserError(
             f"config field seeds={comparison.seeds}: give at least one, and not "

@@ -27,7 +27,7 @@ def contender(name: str = "copy_next", **settings: Any) -> Contender:
 
 
 def comparison(**fields: Any) -> Comparison:
-    fields = {"contenders": (contender(),)} | fields
+    fields = {"contenders": (contender(),), "references": ("copy_next",)} | fields
     return Comparison(**fields)
 
 
@@ -49,7 +49,7 @@ def test_a_run_differs_from_the_shared_experiment_in_what_it_tries_only():
     assert run.upscale == contender().upscale
     assert run.training.evaluate_every == 20
     sweep = experiment_of(shared, Run(contender(), "sweep", 1000, 2e-3))
-    assert (sweep.training.steps, sweep.optimizer.warmup_steps) == (20, 2)
+    assert (sweep.training.steps, sweep.optimizer.warmup_steps) == (40, 4)
     same = {"data", "optimizer", "training", "upscale"}
     for field in dataclasses.fields(run):
         if field.name not in same:
@@ -96,6 +96,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
         ({"contenders": (contender("a/b"),)}, "'a/b' must be unique"),
         ({"contenders": (contender(layout="somewhere"),)}, "upscale.layout='somewhere'"),
         ({"contenders": (contender(epsilon=-1.0),)}, "upscale.epsilon=-1.0"),
+        ({"references": ("llama_pro",)}, "references=('llama_pro',): name some of copy_next"),
+        ({"references": ()}, "references=()"),
         ({"seeds": ()}, "seeds=()"),
         ({"seeds": (0, 1000)}, "sweep_seed=1000"),
         ({"sweep_fraction": 0.0}, "sweep_fraction=0.0"),

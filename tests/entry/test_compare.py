@@ -1,6 +1,7 @@
 """The launcher that compares, as a user runs it: interrupted, resumed, and refusing."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def workdir(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
         process.kill()
     made = {path: path.stat().st_mtime_ns for path in directory.glob("results/*.json")}
     assert 0 < len(made) < 6
-    succeed("compare", *arguments, f"--workdir={directory}")
+    assert "copy_next" in succeed("compare", *arguments, f"--workdir={directory}")
     assert all(path.stat().st_mtime_ns == since for path, since in made.items())
     return directory
 
@@ -69,6 +70,20 @@ def test_killed_and_started_again_it_gives_the_results_of_an_uninterrupted_one(
     alone = results(tmp_path)
     assert len(alone) == 3
     assert alone == {name: found[name] for name in alone}
+
+
+def test_tables_and_pictures_are_made_and_made_again_without_running(
+    workdir: Path, arguments: list[str]
+):
+    report = workdir / "results" / "report"
+    pictures = {path.name for path in report.glob("*.png")}
+    assert {"loss_curves.png", "final_losses.png", "paired_differences.png"} <= pictures
+    before = (report / "summary.md").read_text()
+    assert "opt_deus" in before
+    shutil.rmtree(report)
+    succeed("compare", *arguments, f"--workdir={workdir}", "--report_only")
+    assert (report / "summary.md").read_text() == before
+    assert {path.name for path in report.glob("*.png")} == pictures
 
 
 def test_a_result_says_how_it_came_about_and_names_no_folder(workdir: Path, base: Path):
