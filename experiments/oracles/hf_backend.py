@@ -11,7 +11,7 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.evaluation.tasks import is_rolling
 
 
-def load_hf_backend(pretrained: str, dtype: str, threads: int) -> HFLM:
+def load_hf_backend(pretrained: str, dtype: str, threads: int) -> Any:
     """Loads a model on the CPU.
 
     Args:
@@ -34,7 +34,7 @@ def load_hf_backend(pretrained: str, dtype: str, threads: int) -> HFLM:
     return backend(pretrained, device="cpu", dtype=dtype)
 
 
-def set_batch_size(backend: HFLM, task: Any, batch_size: int) -> int:
+def set_batch_size(backend: Any, task: Any, batch_size: int) -> int:
     """Sets how many texts make a batch.
 
     Args:

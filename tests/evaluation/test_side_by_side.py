@@ -97,6 +97,7 @@ def test_a_wrong_model_is_found_out(model: OptDeusModel, questions: Path) -> Non
 
 
 def test_tasks_that_generate_are_refused(questions: Path) -> None:
+    task: Any
     (task,) = load_tasks(EvaluationConfig(tasks=("piqa",), local_data=str(questions)))
     refuse_generation([task])
     task.OUTPUT_TYPE = "generate_until"
