@@ -153,6 +153,8 @@ def _result_of(setting: Setting, run: Run) -> dict[str, Any]:
     setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
     result = _perform(setting, run, recipe)
     path = write_result(setting.results, run, result)
+    # Large, and of no more use now that the result is written.
+    shutil.rmtree(setting.workdir / "runs" / run.name / "checkpoints")
     loss = result["held_out"][-1]["loss"]
     setting.say(f"{run.name}: held-out loss {loss:.4f} nats a token; {path}")
     return result
@@ -178,8 +180,6 @@ def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str,
     )
     program = make_program(experiment, config, trained, jax.devices())
     answers = _ask(setting.comparison, source, program, done) if run.kind == "final" else {}
-    # Once the result is written it can be made again, and it is large.
-    shutil.rmtree(folder / "checkpoints")
     method = resolve_method(run.contender.upscale)
     return {
         "contender": run.contender.name,
