@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import shutil
@@ -200,7 +201,10 @@ def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str,
 
 
 def _grow(setting: Setting, contender: Contender) -> Path:
-    folder = setting.workdir / "expanded" / contender.name
+    # A name may come to mean something else between two starts; a model made of it may not.
+    made_from = json.dumps([setting.base.name, upscale_settings(contender)])
+    digest = hashlib.sha256(made_from.encode()).hexdigest()[:8]
+    folder = setting.workdir / "expanded" / f"{contender.name}_{digest}"
     if not folder.exists():
         setting.say(f"{contender.name}: growing the base")
         expand_checkpoint(
