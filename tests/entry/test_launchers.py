@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
-from opt_deus_jax.config import Experiment
+from opt_deus_jax.config import Comparison, Experiment
 from opt_deus_jax.upscaling.identity import streamed_logits
 from tests.entry.launching import CONFIG, ROOT, fail, launch, succeed
 
@@ -183,7 +183,7 @@ def test_readme_names_launchers_fields_and_variants_that_exist() -> None:
     for path in re.findall(r"(configs/[a-z]\w+\.py)", text):
         assert (ROOT / path).exists(), path
     for dotted in re.findall(r"--config\.([a-z_][\w.]*)", text):
-        holder: object = Experiment()
+        holder: object = Comparison() if dotted.startswith("experiment.") else Experiment()
         for name in dotted.split("."):
             holder = getattr(holder, name)
 
