@@ -5,7 +5,7 @@ given its own learning rate by a sweep. Text and questions: --config.experiment.
 --config.experiment.data.held_out=FILES, --config.experiment.evaluation.local_data=FOLDER.
 
 Variants: none for two CPU cores (102,400 tokens a run); `gpu` for one GPU (50M tokens a run, the
-paper's context of 2048); `smoke` for a minute.
+paper's context of 2048; never run yet); `smoke` to try it out.
 
     python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
 """
