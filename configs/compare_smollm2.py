@@ -44,11 +44,11 @@ def _contenders() -> tuple[Contender, ...]:
         _contender("average_zero", "average", zero_init=True),
         _contender("half_next", "half_next"),
         _contender("average", "average"),
-        _contender("base", "base", 2.5e-4),
+        _contender("base", "base", 1.25e-4),
     )
     presets = (
         _contender("llama_pro", "llama_pro"),
-        _contender("solar", "solar", 2.5e-4),
+        _contender("solar", "solar", 1.25e-4),
     )
     places = tuple(
         _contender(f"{name}_{place}", method, layout=place)
@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> Comparison:
     shared.data.sequence_length = 256
     shared.data.max_train_tokens = 2_000_000
     shared.data.max_held_out_tokens = 8_192
-    shared.optimizer.learning_rate = 1e-3
+    shared.optimizer.learning_rate = 2.5e-4
     shared.training.steps = 100
     shared.training.batch_size = 4
     shared.training.kernel_dtype = "bfloat16"
