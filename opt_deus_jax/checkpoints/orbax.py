@@ -7,6 +7,7 @@ are those of the model that is trained.
 
 import functools
 import math
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,8 @@ def open_checkpointer(
     """Opens a folder of checkpoints for writing; it belongs to the caller alone.
 
     Checkpoints of which all but the arrays is damaged are reported and moved to
-    `damaged_checkpoints` beside the folder.
+    `damaged_checkpoints` beside the folder. One that would not be kept if it were whole is what a
+    killed process left of it while it was removed: its removal is finished.
 
     Args:
         directory: The folder, made where it does not exist. What a killed process left unfinished
@@ -74,12 +76,9 @@ def open_checkpointer(
     Raises:
         UserError: There are checkpoints, and all are damaged; they stay where they are.
     """
-    folders = step_folders(directory)
-    reasons = [_agree(attempt(functools.partial(read_step, folder))[1]) for folder in folders]
-    damaged = [(f, reason) for f, reason in zip(folders, reasons, strict=True) if reason]
-    if damaged and len(damaged) == len(folders):
-        raise _all_damaged(directory, damaged)
+    damaged, outlived = _find_damage(directory, keep)
     _set_aside(damaged)
+    _remove(outlived)
     # Any: Orbax's own policies do not have the types that its Checkpointer asks for.
     when: Any = _save_policies.AnySavePolicy(
         [
@@ -111,8 +110,15 @@ def latest_step(checkpointer: Checkpointer) -> int | None:
 
 def best_step(checkpointer: Checkpointer) -> int | None:
     """The step with the lowest held-out loss, the later of equals; None where none has one."""
+    return _best(_losses(checkpointer))
+
+
+def _losses(checkpointer: Checkpointer) -> dict[int, float]:
     metrics: dict[int, Any] = {c.step: c.metrics for c in checkpointer.checkpoints if c.metrics}
-    losses = {step: values[METRIC] for step, values in metrics.items()}
+    return {step: values[METRIC] for step, values in metrics.items()}
+
+
+def _best(losses: Mapping[int, float]) -> int | None:
     return min(losses, key=lambda step: (losses[step], -step), default=None)
 
 
@@ -139,11 +145,13 @@ def save(
     """
     if held_out_loss is not None and not math.isfinite(held_out_loss):
         held_out_loss = None
+    losses = {} if held_out_loss is None else {step: held_out_loss}
     sealed, place = seal(
         {
             "metadata": metadata,
             "data": data.get_state(),
             METRIC: held_out_loss,
+            "best": _best(_losses(checkpointer) | losses),
             "checksums": tree_checksums(dict(trees)),
         }
     )
@@ -219,6 +227,25 @@ def _agree(reason: str | None) -> str | None:
     return reason or f"process {failed[0]} cannot read it"
 
 
+def _find_damage(directory: Path, keep: int) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """Returns (damaged checkpoints with reasons, what is left of removed ones)."""
+    whole: list[SavedStep] = []
+    damaged: list[tuple[Path, str]] = []
+    outlived: list[Path] = []
+    for folder in reversed(step_folders(directory)):
+        saved, reason = attempt(functools.partial(read_step, folder))
+        reason = _agree(reason)
+        if saved is not None and reason is None:
+            whole.append(saved)
+        elif len(whole) >= keep and whole[0].best != int(folder.name):
+            outlived.append(folder)
+        else:
+            damaged.insert(0, (folder, str(reason)))
+    if damaged and not whole:
+        raise _all_damaged(directory, damaged)
+    return damaged, outlived
+
+
 def _give_up(trees: Any) -> None:
     for leaf in jax.tree.leaves(trees):
         if isinstance(leaf, jax.Array):
@@ -231,6 +258,16 @@ def _all_damaged(directory: Path, damaged: Sequence[tuple[Path, str]]) -> UserEr
         f"{directory}: every checkpoint is damaged ({reasons}); put back a whole one, or remove "
         "the folder to train from the start"
     )
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    if not folders:
+        return
+    if jax.process_index() == 0:
+        for folder in folders:
+            shutil.rmtree(folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("removals that were cut short are finished")
 
 
 def _set_aside(damaged: Sequence[tuple[Path, str]]) -> None:

@@ -1,12 +1,13 @@
 """Reading one training checkpoint, with every byte checked."""
 
 import contextlib
+import functools
 import gc
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,6 +35,8 @@ class SavedStep(NamedTuple):
         metadata: As it was given when it was saved.
         data: State of the iterator.
         held_out_loss: That of this step, None where there is none.
+        best: The step with the lowest held-out loss when this one was saved, None where none had
+            one.
         checksums: Of each array, by its path in the tree.
     """
 
@@ -42,6 +45,7 @@ class SavedStep(NamedTuple):
     metadata: dict[str, Any]
     data: Any
     held_out_loss: float | None
+    best: int | None
     checksums: dict[str, int]
 
 
@@ -103,8 +107,11 @@ def find_step(directory: Path, which: str) -> SavedStep:
         raise UserError(f"{directory}: no checkpoint here: run experiments.train first")
     there = f"there are checkpoints of the steps {', '.join(folders)}"
     if which == "best":
-        steps = [_read_or_refuse(folder, there) for folder in folders.values()]
-        ranked = [(s.held_out_loss, -s.step, s) for s in steps if s.held_out_loss is not None]
+        ranked = [
+            (saved.held_out_loss, -saved.step, saved)
+            for saved in _candidates(list(folders.values()), there)
+            if saved.held_out_loss is not None
+        ]
         if not ranked:
             raise UserError(
                 f"{directory}: --checkpoint=best: none was saved with a held-out loss; {there}"
@@ -116,6 +123,19 @@ def find_step(directory: Path, which: str) -> SavedStep:
             f"{directory}: --checkpoint={which}: no such step; {there}, or use latest or best"
         )
     return _read_or_refuse(folders[name], there)
+
+
+def _candidates(folders: Sequence[Path], there: str) -> list[SavedStep]:
+    """Reads all checkpoints but those whose removal was cut short: they are not the best."""
+    steps, best = [], None
+    for folder in reversed(folders):
+        saved = attempt(functools.partial(read_step, folder))[0] if steps else None
+        if saved is None and (not steps or int(folder.name) == best):
+            saved = _read_or_refuse(folder, there)
+        if saved is not None:
+            steps.append(saved)
+            best = steps[0].best
+    return steps
 
 
 def load_some(saved: SavedStep, trees: Mapping[str, Any]) -> dict[str, Any]:

@@ -227,6 +227,32 @@ def test_a_damaged_step_can_be_saved_and_damaged_again(two_steps: Path, tmp_path
     assert_restored(*restore(workdir), step=2)
 
 
+def test_a_removal_that_was_cut_short_is_finished(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    whole, workdir = tmp_path / "whole", tmp_path / "cut"
+    save_steps(whole, {1: 0.5, 2: 0.3}, keep=9)
+    save_steps(whole, {3: 0.4, 4: 0.6}, keep=9)
+    checkpoints = copy_of(whole, workdir) / "checkpoints"
+    for step in (1, 2):
+        damage(checkpoints / str(step) / "data" / "data.json", None, 3)
+    shutil.rmtree(checkpoints / "1" / "metadata")
+    with pytest.raises(UserError, match=r"/2: this checkpoint is damaged"):
+        find_step(checkpoints, "best")
+    assert_restored(*restore(workdir), step=4)
+    # Step 2 was to be kept, being the best: its damage is another's doing.
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{checkpoints / '2'}: this checkpoint is damaged")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["3", "4"]
+    assert [path.name for path in (workdir / "damaged_checkpoints").iterdir()] == ["2"]
+
+    (whole / "checkpoints" / "1" / "metadata" / "data.json").unlink()
+    assert find_step(whole / "checkpoints", "best").step == 2
+    assert_restored(*restore(whole), step=4)
+    assert not (whole / "damaged_checkpoints").exists()
+    assert not capfd.readouterr().err
+
+
 @pytest.mark.parametrize("file", ["metadata/data.json", "trainable/manifest.ocdbt"])
 def test_where_all_are_damaged_nothing_is_moved(two_steps: Path, tmp_path: Path, file: str):
     workdir = copy_of(two_steps, tmp_path)

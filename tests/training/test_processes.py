@@ -150,7 +150,8 @@ def test_a_killed_process_ends_the_job_and_another_number_resumes_it(
     resumed_by: int,
 ):
     started = start_processes_of(children, tmp_path, count)
-    wait_for_step(started, tmp_path, 4)
+    # By then the checkpoint of step 4 is being written, and that of step 2 is whole.
+    wait_for_step(started, tmp_path, 5)
     started[killed].kill()
     assert all(status != 0 for status in end(started, 60))
     summary = run(children, tmp_path, resumed_by)
