@@ -24,7 +24,7 @@ demo: $(VENV)/base.stamp
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
 """Pictures: one look, readable in print and by the colour-blind."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -11,7 +13,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import sparse
 
-from opt_deus_jax.transport.diagnostics import MatrixReport
+if TYPE_CHECKING:
+    # ott-jax takes a second to import.
+    from opt_deus_jax.transport.diagnostics import MatrixReport
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

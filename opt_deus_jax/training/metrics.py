@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from opt_deus_jax.distributed.device_facts import peak_flops
@@ -63,6 +62,9 @@ def open_metrics(workdir: Path, last_step: int, *, is_writer: bool) -> Iterator[
     if not is_writer:
         yield lambda step, values: None
         return
+    # Imports torch as well where there is one, which takes a while.
+    from tensorboardX import SummaryWriter
+
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "metrics.jsonl"
     _drop_later(path, last_step)
