@@ -5,16 +5,23 @@ given its own learning rate by a sweep. Text and questions: --config.experiment.
 --config.experiment.data.held_out=FILES, --config.experiment.evaluation.local_data=FOLDER.
 
 Variants: none for two CPU cores (102,400 tokens a run); `gpu` for one GPU (50M tokens a run, the
-paper's context of 2048; never run yet); `smoke` to try it out.
+paper's context of 2048; never run yet); `smoke` to try it out; `tuned` for all parameters of the
+published presets, as a comparison with --workdir=runs/compare trained them, tuned on instructions
+(--config.experiment.data.train=ROWS, as in configs/fine_tune.py) on two CPU cores.
 
     python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
+    python -m experiments.compare --config=configs/compare_smollm2.py:tuned --workdir=runs/tuned
 """
 
+import dataclasses
+
+import configs.fine_tune
 from configs.smollm2_135m import smollm2_base
 from opt_deus_jax.config import Comparison, Contender, Experiment, UpscaleConfig
 from opt_deus_jax.errors import UserError
 
 _NUM_NEW = 15
+_PRESETS = ("base", "solar", "llama_pro", "average", "opt_deus_barycentric")
 _PLACES = ("middle", "bottom", "top_and_bottom", "uniform")
 
 
@@ -58,6 +65,19 @@ def _contenders() -> tuple[Contender, ...]:
     return (*same_place, *presets, *places)
 
 
+def _tuned(shared: Experiment) -> Comparison:
+    """What `experiments.compare` left of the presets, tuned on the same instructions."""
+    fine_tune = configs.fine_tune.get_config("smollm2")
+    shared.data = dataclasses.replace(fine_tune.data, max_train_tokens=2_000_000)
+    shared.optimizer = fine_tune.optimizer
+    contenders = tuple(
+        Contender(name, UpscaleConfig(method="base"), base=f"runs/compare/exported/{name}")
+        for name in _PRESETS
+    )
+    references = ("base", "llama_pro")
+    return Comparison(shared, contenders, questions=20, perplexity_pages=2, references=references)
+
+
 def get_config(variant: str = "") -> Comparison:
     """Returns the comparison of a variant."""
     shared = Experiment(base=smollm2_base())
@@ -71,8 +91,10 @@ def get_config(variant: str = "") -> Comparison:
     shared.training.checkpoint_every = 50
     shared.training.keep_checkpoints = 1
     comparison = Comparison(
-        shared, _contenders(), seeds=(0, 1, 2), questions=20, perplexity_pages=2
+        shared, _contenders(), questions=20, perplexity_pages=2, exported=_PRESETS
     )
+    if variant == "tuned":
+        return _tuned(shared)
     if variant == "gpu":
         shared.data.sequence_length = 2048
         shared.data.max_train_tokens = 0
@@ -95,9 +117,10 @@ def get_config(variant: str = "") -> Comparison:
         comparison.contenders = comparison.contenders[:2]
         comparison.seeds, comparison.max_rate_steps = (0, 1), 1
         comparison.questions, comparison.perplexity_pages = 2, 0
-        comparison.references = ("copy_next",)
+        comparison.references, comparison.exported = ("copy_next",), ()
     elif variant:
         raise UserError(
-            f"configs/compare_smollm2.py: unknown variant {variant!r}; use gpu, smoke or none"
+            f"configs/compare_smollm2.py: unknown variant {variant!r}; use gpu, smoke, tuned or "
+            "none"
         )
     return comparison

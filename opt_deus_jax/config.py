@@ -270,11 +270,13 @@ class Contender:
         name: Of its runs, distinct among contenders; letters, digits, `_`, `.` and `-`.
         upscale: Which layers are added, and with which weights.
         learning_rate: Where its sweep begins; None takes the comparison's `optimizer` setting.
+        base: What it is grown from, with the tokenizer of the comparison's base; empty takes that.
     """
 
     name: str
     upscale: UpscaleConfig = dataclasses.field(default_factory=UpscaleConfig)
     learning_rate: float | None = None
+    base: str = ""
 
 
 @dataclasses.dataclass
@@ -293,6 +295,8 @@ class Comparison:
         questions: Questions a task after training, as `evaluation.limit`; 0 asks none.
         perplexity_pages: Pages of wikitext that are scored after training; 0 scores none.
         references: Contenders that the others are held against.
+        exported: Contenders whose model, as the first seed trained it, is left in
+            WORKDIR/exported/NAME; one with a result but no model there is trained again.
     """
 
     experiment: Experiment = dataclasses.field(default_factory=Experiment)
@@ -305,6 +309,7 @@ class Comparison:
     questions: int = 0
     perplexity_pages: int = 0
     references: tuple[str, ...] = ("copy_next", "llama_pro")
+    exported: tuple[str, ...] = ()
 
 
 def _is_instance(value: Any, annotation: Any) -> bool:

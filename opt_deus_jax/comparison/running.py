@@ -31,9 +31,11 @@ from opt_deus_jax.comparison.sweep import best_exponent, next_exponent
 from opt_deus_jax.config import Comparison, Contender, EvaluationConfig, Experiment
 from opt_deus_jax.data.preparation import prepare_records
 from opt_deus_jax.data.records import Records, load_info, load_records
+from opt_deus_jax.errors import UserError
 from opt_deus_jax.evaluation.loading import LoadedModel
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.reporting.comparison import machine
+from opt_deus_jax.training.export import export_checkpoint
 from opt_deus_jax.training.loop import TrainingResult, train
 from opt_deus_jax.training.metrics import read_metrics
 from opt_deus_jax.training.program import Program, make_program, program_costs
@@ -51,7 +53,7 @@ class Setting(NamedTuple):
 
     Attributes:
         comparison: The comparison.
-        base: The base checkpoint.
+        bases: The checkpoints that contenders are grown from, by `Contender.base`.
         records: Training and held-out records.
         record_hashes: Their hashes, by split.
         workdir: For grown models and checkpoints.
@@ -61,7 +63,7 @@ class Setting(NamedTuple):
     """
 
     comparison: Comparison
-    base: CheckpointSource
+    bases: dict[str, CheckpointSource]
     records: dict[str, Records]
     record_hashes: dict[str, str]
     workdir: Path
@@ -73,7 +75,7 @@ class Setting(NamedTuple):
 def prepare(
     comparison: Comparison, *, workdir: Path, results: Path, command: str, say: Say
 ) -> Setting:
-    """Opens the base and makes the records that all runs see.
+    """Opens the bases and makes the records that all runs see.
 
     Args:
         comparison: The comparison, checked.
@@ -86,10 +88,22 @@ def prepare(
         The setting of `run_all`.
 
     Raises:
-        UserError: Base or text cannot be used.
+        UserError: A base or text cannot be used.
     """
     base = open_checkpoint(comparison.experiment.base)
+    bases = {"": base} | {
+        contender.base: open_checkpoint(contender.base)
+        for contender in comparison.contenders
+        if contender.base
+    }
     tokenizer = load_tokenizer(base.side_files, base.hf_config, base.name)
+    for other in bases.values():
+        theirs = load_tokenizer(other.side_files, other.hf_config, other.name)
+        if theirs.tokenizer_json != tokenizer.tokenizer_json:
+            raise UserError(
+                f"{other.name}: its tokenizer.json is not that of {base.name}, but contenders "
+                "read the same tokens; give bases with one tokenizer"
+            )
     folder = workdir / "records"
     prepare_records(
         folder,
@@ -101,7 +115,7 @@ def prepare(
     splits = load_info(folder).splits
     records = {name: load_records(folder, name, verify=True) for name in splits}
     hashes = {name: split.sha256 for name, split in splits.items()}
-    return Setting(comparison, base, records, hashes, workdir, results, command, say)
+    return Setting(comparison, bases, records, hashes, workdir, results, command, say)
 
 
 def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -149,16 +163,38 @@ def _sweep(setting: Setting, contender: Contender) -> tuple[int, list[dict[str, 
 def _result_of(setting: Setting, run: Run) -> dict[str, Any]:
     recipe = recipe_of(setting.comparison, setting.record_hashes)
     found = read_result(setting.results, run, recipe)
-    if found is not None:
+    exported = _exported(setting, run)
+    if found is not None and (exported is None or exported.exists()):
         return found
     setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
     result = _perform(setting, run, recipe)
+    if exported is not None and not exported.exists():
+        _export(setting, run, exported)
     path = write_result(setting.results, run, result)
     # Large, and of no more use now that the result is written.
     shutil.rmtree(setting.workdir / "runs" / run.name / "checkpoints")
     loss = result["held_out"][-1]["loss"]
     setting.say(f"{run.name}: held-out loss {loss:.4f} nats a token; {path}")
     return result
+
+
+def _exported(setting: Setting, run: Run) -> Path | None:
+    """Where the model of a run is left; None where it is not."""
+    comparison, name = setting.comparison, run.contender.name
+    is_first = run.kind == "final" and run.seed == comparison.seeds[0]
+    return setting.workdir / "exported" / name if is_first and name in comparison.exported else None
+
+
+def _export(setting: Setting, run: Run, directory: Path) -> None:
+    expanded = _grow(setting, run.contender)
+    export_checkpoint(
+        open_checkpoint(str(expanded)),
+        expanded,
+        setting.workdir / "runs" / run.name / "checkpoints",
+        "latest",
+        directory,
+        max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
+    )
 
 
 def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,16 +238,17 @@ def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str,
 
 def _grow(setting: Setting, contender: Contender) -> Path:
     # A name may come to mean something else between two starts; a model made of it may not.
-    made_from = json.dumps([setting.base.name, upscale_settings(contender)])
+    base = setting.bases[contender.base]
+    made_from = json.dumps([base.name, upscale_settings(contender)])
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:8]
     folder = setting.workdir / "expanded" / f"{contender.name}_{digest}"
     if not folder.exists():
         setting.say(f"{contender.name}: growing the base")
         expand_checkpoint(
-            setting.base,
+            base,
             contender.upscale,
             folder,
-            probe_BT=probe_tokens(setting.base),
+            probe_BT=probe_tokens(base),
             max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
         )
     return folder

@@ -44,7 +44,7 @@ def check_comparison(comparison: Comparison) -> None:
 
     Raises:
         UserError: A name is unusable or given twice, an upscale setting contradicts itself, a
-            reference is no contender, or a number is out of range.
+            reference or exported one is no contender, or a number is out of range.
     """
     validate(dataclasses.replace(comparison, contenders=()))
     names = [contender.name for contender in comparison.contenders]
@@ -56,11 +56,10 @@ def check_comparison(comparison: Comparison) -> None:
             )
         validate(contender.upscale, "upscale.")
         resolve_method(contender.upscale)
-    unknown = [name for name in comparison.references if name not in names]
-    if unknown or not comparison.references:
-        raise UserError(
-            f"config field references={comparison.references}: name some of {', '.join(names)}"
-        )
+    for field in ("references", "exported"):
+        given = getattr(comparison, field)
+        if not set(given) <= set(names) or (field == "references" and not given):
+            raise UserError(f"config field {field}={given}: name some of {', '.join(names)}")
     if not comparison.seeds or comparison.sweep_seed in comparison.seeds:
         raise UserError(
             f"config field seeds={comparison.seeds}: give at least one, and not "
@@ -91,10 +90,14 @@ def starting_rate(comparison: Comparison, contender: Contender) -> float:
 
 
 def upscale_settings(contender: Contender) -> dict[str, Any]:
-    """What makes a contender: the fields of `upscale` that are not at their defaults."""
+    """What makes a contender: the fields of `upscale` that are not at their defaults.
+
+    With `base`, the name of its folder, where that is its own.
+    """
     defaults = dataclasses.asdict(UpscaleConfig())
     given = dataclasses.asdict(contender.upscale)
-    return {name: value for name, value in given.items() if value != defaults[name]}
+    settings = {name: value for name, value in given.items() if value != defaults[name]}
+    return settings | ({"base": Path(contender.base).name} if contender.base else {})
 
 
 def experiment_of(comparison: Comparison, run: Run) -> Experiment:

@@ -113,6 +113,35 @@ def test_contenders_of_a_seed_begin_alike_and_see_the_same_text(workdir: Path):
     assert firsts[0] != firsts[1]
 
 
+def test_a_trained_model_is_left_and_can_be_trained_on(
+    workdir: Path, arguments: list[str], tmp_path: Path
+):
+    assert [path.name for path in (workdir / "exported").iterdir()] == ["copy_next"]
+    model = workdir / "exported" / "copy_next"
+    config = f"--config=tests/entry/tiny_comparison.py:{model}"
+    command = [config, *arguments[1:], f"--workdir={tmp_path}", "--config.seeds=(0,)"]
+    succeed("compare", *command)
+    found = results(tmp_path)
+    assert set(found) == {"on_sweep_0.0005", "on_seed0"}
+    assert found["on_seed0"]["upscale"] == {"method": "base", "base": "copy_next"}
+    (start, *_, end) = (point["loss"] for point in found["on_seed0"]["held_out"])
+    before = results(workdir)["copy_next_seed0"]["held_out"][-1]["loss"]
+    assert start == pytest.approx(before, abs=1e-5)
+    assert end < start
+
+
+def test_a_base_with_another_tokenizer_is_refused(
+    workdir: Path, arguments: list[str], tmp_path: Path
+):
+    model = tmp_path / "model"
+    shutil.copytree(workdir / "exported" / "copy_next", model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
+    config = f"--config=tests/entry/tiny_comparison.py:{model}"
+    error = fail("compare", config, *arguments[1:], f"--workdir={tmp_path / 'work'}")
+    assert "its tokenizer.json is not that of" in error
+
+
 def test_another_recipe_and_an_unknown_contender_are_refused(workdir: Path, arguments: list[str]):
     where = f"--workdir={workdir}"
     change = "--config.experiment.optimizer.beta2=0.9"

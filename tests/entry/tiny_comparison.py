@@ -1,10 +1,13 @@
-"""Two contenders and two seeds on the tiny model; base, text and questions come by flags."""
+"""Two contenders and two seeds on the tiny model; base, text and questions come by flags.
+
+With a folder for a variant: all parameters of the model there, trained on.
+"""
 
 from opt_deus_jax.config import Comparison, Contender, UpscaleConfig
 from tests.entry import tiny_config
 
 
-def get_config() -> Comparison:
+def get_config(trained_model: str = "") -> Comparison:
     shared = tiny_config.get_config()
     shared.training.steps = 10
     shared.evaluation.tasks = ("piqa", "wikitext")
@@ -12,6 +15,8 @@ def get_config() -> Comparison:
         Contender(method, UpscaleConfig(method=method, num_new_layers=2))
         for method in ("copy_next", "opt_deus")
     )
+    if trained_model:
+        contenders = (Contender("on", UpscaleConfig(method="base"), base=trained_model),)
     return Comparison(
         shared,
         contenders,
@@ -19,5 +24,6 @@ def get_config() -> Comparison:
         max_rate_steps=0,
         questions=3,
         perplexity_pages=1,
-        references=("copy_next",),
+        references=(contenders[0].name,),
+        exported=("copy_next",) if not trained_model else (),
     )
