@@ -1,0 +1,95 @@
+"""Every command that the documentation shows is one that its launcher takes."""
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from tests.entry.launching import ROOT, environment, succeed
+
+_PAGES = [*ROOT.glob("*.md"), ROOT / "experiments" / "results" / "README.md"]
+_MODULES = [*ROOT.glob("configs/*.py"), *ROOT.glob("experiments/*.py")]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(launcher, arguments) of every command in some lines; variables like $C are filled in."""
+    text = text.replace("\\\n", " ")
+    variables = {
+        name: " ".join(value.split()) for name, value in re.findall(r"\b([A-Z])=\"([^\"]*)\"", text)
+    }
+    found = []
+    for launcher, rest in re.findall(r"python -m experiments\.(\w+)([^\n]*)", text):
+        for name, value in variables.items():
+            rest = rest.replace(f"${name}", value)
+        words = shlex.split(re.split(r"[|;]|&&| #", rest)[0])
+        found.append((launcher, words))
+    return found
+
+
+def code_of_page(page: Path) -> str:
+    """The blocks and spans of a page; a span that is broken over lines becomes one."""
+    text = page.read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    return "\n".join([*blocks, *(" ".join(span.split()) for span in spans)])
+
+
+def documented() -> list[tuple[str, str, list[str]]]:
+    """(where, launcher, arguments), each command once."""
+    texts = {page: code_of_page(page) for page in _PAGES}
+    for module in _MODULES:
+        texts[module] = ast.get_docstring(ast.parse(module.read_text())) or ""
+    found = {}
+    for path, text in texts.items():
+        for launcher, arguments in commands(text):
+            found.setdefault((launcher, *arguments), path.name)
+    return [(where, launcher, arguments) for (launcher, *arguments), where in found.items()]
+
+
+def test_every_documented_command_is_taken_by_its_launcher() -> None:
+    shown = documented()
+    assert len(shown) > 25
+    broken = ("", "plan", ["--config=configs/smollm2_135m.py", "--config.upscale.depth=3"])
+    unknown = ("", "train", ["--config=...", "--workdr=..."])
+    asked = [(launcher, arguments) for _, launcher, arguments in [*shown, broken, unknown]]
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.entry.parse_commands"],
+        input=json.dumps(asked),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    *problems, of_broken, of_unknown = json.loads(result.stdout)
+    assert "depth" in of_broken
+    assert "--workdr" in of_unknown
+    refused = [
+        f"{where}: experiments.{launcher} {shlex.join(arguments)}\n{problem}"
+        for (where, launcher, arguments), problem in zip(shown, problems, strict=True)
+        if problem
+    ]
+    assert not refused, "\n".join(refused)
+
+
+def test_documented_plans_are_made() -> None:
+    plans = [arguments for _, launcher, arguments in documented() if launcher == "plan"]
+    assert plans
+    for arguments in plans:
+        assert "parameters" in succeed("plan", *arguments)
+
+
+def test_documented_extras_and_targets_exist() -> None:
+    text = "\n".join(page.read_text() for page in _PAGES)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(re.findall(r"\.\[(\w+)\]", text))
+    assert extras
+    assert extras <= set(project["optional-dependencies"])
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE))
+    assert {"demo", "test", "lint"} <= named <= targets
