@@ -1,20 +1,26 @@
 r"""Shows what an expansion would make, without touching weights.
 
 python -m experiments.plan --config=configs/llama3.py:8b_shape
+--picture=FILE.png draws it.
 """
 
 from pathlib import Path
+
+from absl import flags
 
 from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.manifest import Manifest, manifest_of
 from opt_deus_jax.checkpoints.opening import open_checkpoint, read_config_only
 from opt_deus_jax.models.accounting import count_costs
 from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
+from opt_deus_jax.reporting.layout_picture import draw_layout
+from opt_deus_jax.reporting.plots import save
 from opt_deus_jax.reporting.tables import costs_table, layer_table, show
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.methods import layer_parents, plan_layers, resolve_method
 
-launch.define_flags(needs_workdir=False)
+_PICTURE = flags.DEFINE_string("picture", "", "PNG to draw the layout to; empty draws none.")
+launch.define_flags(needs_workdir=False, others=("picture",))
 
 
 def _manifest_of_base(base: str) -> Manifest | None:
@@ -52,6 +58,12 @@ def main() -> None:
         ),
         costs_table(costs, f"Costs at {experiment.data.sequence_length} tokens a sequence"),
     )
+    if _PICTURE.value:
+        figure = draw_layout(
+            Path(name).name.removesuffix(".gguf"), layers, list(map(bool, trained.blocks)), method
+        )
+        save(figure, Path(_PICTURE.value))
+        show(f"picture: {_PICTURE.value}")
 
 
 if __name__ == "__main__":
