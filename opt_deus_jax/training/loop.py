@@ -1,5 +1,6 @@
 """The training loop, from a model on disk to the last checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from opt_deus_jax.checkpoints import orbax
+from opt_deus_jax.checkpoints.lock import held_alone
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.config import Experiment, TrainingConfig
 from opt_deus_jax.data.loader import held_out_batches, training_dataset
@@ -92,7 +94,7 @@ def train(
 
     Raises:
         UserError: A setting is out of range, the checkpoint belongs to something else, or the
-            loss is not finite.
+            loss is not finite, or another process trains in this folder.
         Preempted: SIGTERM came; a checkpoint of the last step has been written.
     """
     training = resolve_steps(experiment.training, len(train_records))
@@ -132,19 +134,23 @@ def _train(
         records[0], batch_size=training.batch_size, seed=experiment.data.seed, rows=rows
     )
     load = functools.partial(load_params, source, program.config, program.segments)
-    with orbax.open_checkpointer(
-        workdir / "checkpoints",
-        save_every=training.checkpoint_every,
-        last_step=training.steps,
-        keep=training.keep_checkpoints,
-    ) as checkpointer:
+    is_writer = jax.process_index() == 0
+    with (
+        held_alone(workdir) if is_writer else contextlib.nullcontext(),
+        orbax.open_checkpointer(
+            workdir / "checkpoints",
+            save_every=training.checkpoint_every,
+            last_step=training.steps,
+            keep=training.keep_checkpoints,
+        ) as checkpointer,
+    ):
         trainable = load(
             dtype=jnp.dtype("float32"), shardings=program.shardings, wanted=program.mask
         )
         state = initial_state(trainable, program.optimizer, placement)
         progress = _resume(checkpointer, state, batches, settings)
         if progress.last_step == training.steps:
-            if jax.process_index() == 0:
+            if is_writer:
                 tqdm.write(f"training is already finished, all {training.steps} steps are made")
             return progress
         frozen = load(
@@ -153,7 +159,7 @@ def _train(
             wanted=invert_mask(program.mask),
         )
         run = _Run(training, program, checkpointer, batches, rows, frozen, records[1], settings)
-        last_step, is_writer = progress.last_step or -1, jax.process_index() == 0
+        last_step = progress.last_step or -1
         with (
             open_metrics(workdir, last_step, is_writer=is_writer) as write,
             profiler(workdir, profiled_steps) as before_step,

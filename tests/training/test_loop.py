@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from opt_deus_jax.checkpoints.lock import held_alone
 from opt_deus_jax.checkpoints.saved_step import find_step
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.config import DataConfig, Experiment, OptimizerConfig, TrainingConfig
@@ -190,6 +191,13 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(
     ]
     assert without_speed[0] == without_speed[1]
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path: Path):
+    with held_alone(tmp_path), pytest.raises(UserError) as error:
+        run(tmp_path, experiment(steps=2))
+    assert f"{tmp_path}: process {os.getpid()} is training here" in str(error.value)
+    assert run(tmp_path, experiment(steps=2)).last_step == 2
 
 
 def test_a_resumed_run_compiles_its_step_once(
