@@ -150,7 +150,7 @@ def train_on(
         updates, state = OPTIMIZER.update(jax.grad(loss)(params), state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    return jax.lax.scan(step, (params, state), tuple(batches))[0]
+    return jax.lax.scan(step, (params, state), tuple(batches))[0]  # pyright: ignore
 
 
 @jax.jit

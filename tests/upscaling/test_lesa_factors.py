@@ -7,7 +7,7 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.upscaling.lesa_factors import coordinates_of, factor_kernels, kernel_of
 
 
-def drawn_kernels(layers, rows, columns, dtype=np.float32, seed=0):
+def drawn_kernels(layers, rows, columns, dtype="float32", seed=0):
     draw = np.random.default_rng(seed).standard_normal((layers, rows, columns))
     # Rows of very different size: a hundred thousand lies between the directions.
     return (draw * np.logspace(0, -5, rows)[None, :, None]).astype(dtype)

@@ -69,7 +69,8 @@ def test_loss_is_that_of_torch_whatever_the_padding():
     draw = np.random.default_rng(2).standard_normal((2, 64, WIDTH)).astype(np.float32)
     weight = (np.arange(64) < 23).astype(np.float32)
     ours = prediction_loss(*map(jnp.asarray, (*draw, weight)))
-    theirs = torch_loss(*(torch.from_numpy(x[:23]) for x in draw))
+    predicted, target = (torch.from_numpy(x[:23]) for x in draw)
+    theirs = torch_loss(predicted, target)
     np.testing.assert_allclose(float(ours), theirs.item(), rtol=1e-6)
     assert float(ours) > 1e-2
 
