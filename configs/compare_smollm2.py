@@ -62,7 +62,8 @@ def _contenders() -> tuple[Contender, ...]:
         for place in _PLACES
         for name, method in (("copy_next", "copy_next"), ("opt_deus", "opt_deus"))
     )
-    return (*same_place, *presets, *places)
+    learned = (_contender("lesa", "lesa"), _contender("lesa_zero", "lesa", zero_init=True))
+    return (*same_place, *presets, *places, *learned)
 
 
 def _tuned(shared: Experiment) -> Comparison:

@@ -11,7 +11,7 @@ from opt_deus_jax.checkpoints.manifest import manifest_of
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
-from opt_deus_jax.reporting.tables import diagnostics_table, identity_line, show
+from opt_deus_jax.reporting.tables import diagnostics_table, identity_line, predictor_table, show
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.layout import LayerOrigin
@@ -53,6 +53,8 @@ def main() -> None:
         )
     if (directory / PICTURE).exists():
         show(diagnostics_table(expansion.reports), f"picture: {directory / PICTURE}")
+    if expansion.predictors:
+        show(predictor_table(expansion.predictors))
     show(identity_line(expansion.identity), f"grown model: {directory}")
 
 

@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "upscale.transport": ("reference", "barycentric", "assignment", "symmetric"),
     "upscale.fusion": ("mean", "rescaled", "matched", "select"),
+    "upscale.lesa_norms": ("mean", "reference"),
     "data.format": ("text", "alpaca", "messages"),
     "data.template": ("chat", "alpaca"),
     "optimizer.schedule": ("wsd", "cosine"),
@@ -72,7 +73,9 @@ class UpscaleConfig:
             layers that start at zero: the same function, easier to step in.
         trained: `new`, `all`, `published`, or a regular expression: what it finds in the Hugging
             Face name of a tensor is trained.
-        seed: Seed of the `random` method.
+        lesa_norms: For `method="lesa"`: norms and biases of new layers. `mean` of their parents';
+            `reference`: those of layer 0, which the authors' code leaves in them.
+        seed: Seed of the `random` method, and of what `lesa` learns.
     """
 
     method: str = "opt_deus"
@@ -87,6 +90,7 @@ class UpscaleConfig:
     branch_scale: float = 1.0
     balance: bool = False
     trained: str = AS_PUBLISHED
+    lesa_norms: str = "mean"
     seed: int = 0
 
 

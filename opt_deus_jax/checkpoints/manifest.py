@@ -28,7 +28,8 @@ class Manifest:
             is_new.
         base: Name, number of layers and sha256 over all tensors of the base.
         identity: The result of running the grown model against its base.
-        diagnostics: Per new layer and matrix, what the transport reports.
+        diagnostics: Per new layer and matrix, what the transport reports; for `lesa`, per matrix,
+            what its predictor learned.
         versions: Versions of the software that made it.
         format_version: Of this file.
     """

@@ -115,6 +115,7 @@ def published_name(method: Mapping[str, Any]) -> str | None:
     names = {
         ("top", "transport", True): "OpT-DeUS",
         ("top", "average", False): "Avg-DeUS",
+        ("top", "predicted", False): "LESA",
         ("uniform", "copy_previous", True): "Llama-Pro",
         ("stack", "", False): "SOLAR",
         ("top", "", False): "Base",

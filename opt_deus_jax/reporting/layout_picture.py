@@ -22,6 +22,7 @@ _MADE = {
     "copy_next": ("B", "B"),
     "half_next": ("B / 2", "B"),
     "random": ("random", ""),
+    "predicted": ("f(A, B)", "AB"),
     "twin": ("half of B, twice", "B"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from opt_deus_jax.models.accounting import Costs
 from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.upscaling.identity import IdentityReport
 from opt_deus_jax.upscaling.layout import LayerOrigin
+from opt_deus_jax.upscaling.lesa import PredictorReport
 
 if TYPE_CHECKING:
     # ott-jax takes a second to import.
@@ -85,6 +87,19 @@ def diagnostics_table(reports: Mapping[int, Sequence[MatrixReport]]) -> Table:
                 f"{matrix.norm_ratio_next:.3f}",
                 f"{matrix.match_gain:.3f}",
             )
+    return table
+
+
+def predictor_table(reports: Sequence[PredictorReport]) -> Table:
+    """A line per matrix that method `lesa` has learned to predict."""
+    table = records_table(
+        [dataclasses.asdict(report) for report in reports],
+        "What predicts the layer between two, on the rows it was trained on",
+    )
+    table.caption = (
+        "mean: of the mean of the neighbours as prediction; error: norm of what is missed over "
+        "the norm of the rows, 1 for a prediction of zeros"
+    )
     return table
 
 

@@ -1,6 +1,7 @@
 """Streams a base checkpoint into a grown one, a block at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.fusion import fuse_blocks, transport_epsilon
 from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
 from opt_deus_jax.upscaling.layout import LayerOrigin
+from opt_deus_jax.upscaling.lesa import Lesa, PredictorReport, check_predictable, learn_block
 from opt_deus_jax.upscaling.methods import Method, layer_parents, plan_layers, resolve_method
 from opt_deus_jax.upscaling.new_block import Fused, TransportMap
 
@@ -47,12 +49,14 @@ class Expansion:
         manifest: Its manifest.
         reports: For each fused layer, by depth, the report of each transported matrix.
         identity: The distance from the base.
+        predictors: Of method `lesa`: what was learned of each matrix.
     """
 
     directory: Path
     manifest: Manifest
     reports: dict[int, tuple[MatrixReport, ...]]
     identity: IdentityReport
+    predictors: tuple[PredictorReport, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,7 @@ def _fuse_layer(
     plan: _Plan,
     origin: LayerOrigin,
     upper: dict[int, dict[str, np.ndarray]],
+    lesa: Lesa | None,
 ) -> Fused:
     """Fuses one layer; `upper` keeps the last parent B, which is often the next layer's A."""
     if origin.previous is None:
@@ -123,6 +128,7 @@ def _fuse_layer(
         branch_scale=plan.upscale.branch_scale,
         balance=plan.upscale.balance,
         seed=plan.upscale.seed + origin.depth,
+        lesa=lesa,
     )
 
 
@@ -149,6 +155,7 @@ class _Reader:
         self.reports: dict[int, tuple[MatrixReport, ...]] = {}
         self.sample_maps: Mapping[str, TransportMap] = {}
         self.base_hashes: dict[str, str] = {}
+        self.lesa: Lesa | None = None
         specs = block_specs(plan.config)
         first = next(iter(specs.values())).hf_name
         self.layer_at = {first.format(layer=origin.depth): origin for origin in plan.layers}
@@ -172,7 +179,15 @@ class _Reader:
         return array
 
     def _fuse(self, origin: LayerOrigin) -> None:
-        fused = _fuse_layer(self.source, self.plan, origin, self.upper)
+        if self.plan.method.weights == "predicted" and self.lesa is None:
+            self.lesa = learn_block(
+                functools.partial(_finite_float32, self.source),
+                self.plan.config,
+                zero_init=self.plan.method.zero_init,
+                norms=self.plan.upscale.lesa_norms,
+                seed=self.plan.upscale.seed,
+            )
+        fused = _fuse_layer(self.source, self.plan, origin, self.upper, self.lesa)
         _check_converged(origin.depth, fused.reports)
         self.reports[origin.depth] = fused.reports
         if not self.sample_maps:
@@ -217,8 +232,10 @@ def _options(plan: _Plan) -> dict[str, Any]:
         options |= {"branch_scale": plan.upscale.branch_scale, "balance": plan.upscale.balance}
     if plan.method.weights in ("transport", "average"):
         options["fusion"] = plan.upscale.fusion
-    if plan.method.weights == "random":
+    if plan.method.weights in ("random", "predicted"):
         options["seed"] = plan.upscale.seed
+    if plan.method.weights == "predicted":
+        options["lesa_norms"] = plan.upscale.lesa_norms
     return options
 
 
@@ -253,7 +270,8 @@ def expand_checkpoint(
     """Writes the grown model and proves what it computes.
 
     The folder appears under its name only when it is complete and, if zero-initialised, proven
-    identical; at most two blocks, one plan and one tensor are in memory at a time.
+    identical; at most two blocks, one plan and one tensor are in memory at a time (with method
+    `lesa` also what `learn_block` holds).
 
     Args:
         source: The base.
@@ -276,6 +294,8 @@ def expand_checkpoint(
     base = manifest_of(source) if upscale.method == "base" else None
     layers = plan_layers(upscale, config.num_layers, base)
     plan = _Plan(config, upscale, method, layers, layer_parents(method, layers))
+    if method.weights == "predicted":
+        check_predictable(block_specs(config), config.num_layers)
     reader = _Reader(source, plan, on_layer)
     planned = {name: info for name, (info, _) in reader.planned.items()}
     tensors, read = fuse(planned, reader.read, config, len(layers))
@@ -295,7 +315,8 @@ def expand_checkpoint(
         write_manifest(partial, made[0][0])
 
     create_directory(directory, sum(info.num_bytes for _, info in tensors), fill)
-    return Expansion(directory, made[0][0], reader.reports, made[0][1])
+    predictors = reader.lesa.reports if reader.lesa else ()
+    return Expansion(directory, made[0][0], reader.reports, made[0][1], predictors)
 
 
 def _manifest(
@@ -319,6 +340,7 @@ def _manifest(
             }
             for depth, reports in reader.reports.items()
             for report in reports
-        ),
+        )
+        + tuple(map(dataclasses.asdict, reader.lesa.reports if reader.lesa else ())),
         versions=software_versions(),
     )

@@ -22,6 +22,7 @@ from opt_deus_jax.transport.sinkhorn import (
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
 from opt_deus_jax.upscaling.features import shift_norms
+from opt_deus_jax.upscaling.lesa import Lesa, predict_block
 from opt_deus_jax.upscaling.new_block import Block, Fused
 from opt_deus_jax.upscaling.symmetric import fuse_symmetric
 from opt_deus_jax.upscaling.twin import twin_block
@@ -209,6 +210,7 @@ def fuse_blocks(
     branch_scale: float = 1.0,
     balance: bool = False,
     seed: int = 0,
+    lesa: Lesa | None = None,
 ) -> Fused:
     """Makes a new block from its parents.
 
@@ -217,7 +219,8 @@ def fuse_blocks(
         next_: Parent B, likewise.
         config: The network.
         weights: transport, average, copy_previous, copy_next, half_next (B's kernels and biases
-            halved, its norms kept), random (N(0, 0.02), norms 1) or twin (`twin_block`).
+            halved, its norms kept), random (N(0, 0.02), norms 1), twin (`twin_block`) or predicted
+            (`predict_block`).
         zero_init: Make the block the identity, by `identity_values`.
         transport: For `transport`: reference, barycentric, assignment or symmetric.
         epsilon: For `transport`: entropy; None takes the transport's own, for `symmetric` none.
@@ -226,13 +229,14 @@ def fuse_blocks(
         branch_scale: See `scale_branches`.
         balance: With `zero_init`: see `balance_branches`.
         seed: For `random`; give each new layer its own.
+        lesa: For `predicted`: from `learn_block` with the same `zero_init`.
 
     Returns:
         The new block with every parameter of `block_specs`.
 
     Raises:
         UserError: What was asked for does not know all parameters of the block.
-        ValueError: `weights` is not one of the names above.
+        ValueError: `weights` is not one of the names above, or `predicted` without `lesa`.
     """
     made = _make(
         previous,
@@ -244,6 +248,7 @@ def fuse_blocks(
         epsilon=epsilon,
         fusion=fusion,
         seed=seed,
+        lesa=lesa,
     )
     block = _end_branches(made.block, config, zero_init, output_scale)
     if balance:
@@ -264,6 +269,7 @@ def _make(
     epsilon: float | None,
     fusion: str,
     seed: int,
+    lesa: Lesa | None,
 ) -> Fused:
     """The new block before its ends are zeroed or scaled."""
     if weights == "transport" and transport == "symmetric":
@@ -291,6 +297,8 @@ def _make(
         block = _random_block(config, seed)
     elif weights == "twin":
         block = twin_block(next_, config)
+    elif weights == "predicted" and lesa is not None:
+        block = predict_block(lesa, previous, next_)
     else:
         raise ValueError(f"weights={weights!r} is not a way to make a new block")
     return Fused(block, (), {})

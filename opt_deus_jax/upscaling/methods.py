@@ -17,7 +17,7 @@ class Method:
     Attributes:
         layout: Where new layers go.
         weights: How a new layer is made from its parents: transport, average, copy_previous,
-            copy_next, half_next, random or twin; empty where no layer is fused.
+            copy_next, half_next, random, twin or predicted; empty where no layer is fused.
         zero_init: Whether the kernels that end the residual branches start at zero.
         trained: `new`, `all` or a regular expression, as `upscale.trained`.
         output_scale: Without `zero_init`: a factor on those kernels.
@@ -34,6 +34,7 @@ METHODS = {
     "opt_deus": Method("top", "transport", zero_init=True, trained="new"),
     "average": Method("top", "average", zero_init=False, trained="new"),
     "llama_pro": Method("uniform", "copy_previous", zero_init=True, trained="new"),
+    "lesa": Method("top", "predicted", zero_init=False, trained="new"),
     "solar": Method("stack", "", zero_init=False, trained="all"),
     "base": Method("top", "", zero_init=False, trained="all"),
     "copy_previous": Method("top", "copy_previous", zero_init=True, trained="new"),
@@ -124,6 +125,11 @@ def _check_fusion(config: UpscaleConfig, method: Method) -> None:
         )
     if config.fusion != "mean" and method.weights not in ("transport", "average"):
         raise UserError(f"{field}: method {config.method!r} fuses nothing; use mean")
+    if config.lesa_norms != "mean" and method.weights != "predicted":
+        raise UserError(
+            f"config field upscale.lesa_norms={config.lesa_norms!r}: goes with method 'lesa', not "
+            f"{config.method!r}; leave it at mean"
+        )
 
 
 def _check_conditioning(config: UpscaleConfig, method: Method) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks of training run for real, on a tiny model."""
+"""The benchmarks of training and of LESA run for real, on a tiny model."""
 
 import json
 import sys
@@ -6,11 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.models.params import named_tensors
 from opt_deus_jax.reporting.comparison import compare
 from opt_deus_jax.reporting.turns import Taken, take_turns
-from tests.entry.launching import succeed
+from opt_deus_jax.upscaling.lesa import MATRICES
+from tests.entry.launching import fail, succeed
 
 _CONFIG = "--config=tests/entry/tiny_config.py"
 
@@ -70,3 +75,52 @@ def test_ratios_are_of_the_first_over_each_and_leave_the_warm_up_out() -> None:
 def test_a_program_that_ends_early_is_named() -> None:
     with pytest.raises(UserError, match="the training by broken ended early"):
         take_turns({"broken": [sys.executable, "-c", "pass"]}, [np.zeros((1, 2), np.int32)])
+
+
+def test_lesa_is_asked_for_layers_it_has_not_seen(base: Path, tmp_path: Path) -> None:
+    arguments = (_CONFIG, f"--config.base={base}", f"--result={tmp_path / 'lesa.json'}")
+    # Four layers have no three consecutive ones without the second.
+    assert "without layer 1 no three" in fail("benchmark_lesa", *arguments, "--layers=1")
+    assert "--layers: give numbers from 1 to 2" in fail("benchmark_lesa", *arguments, "--layers=3")
+    assert not (tmp_path / "lesa.json").exists()
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 6}
+    deeper = tmp_path / "deeper"
+    deeper.mkdir()
+    (deeper / "config.json").write_text(json.dumps(config))
+    draw = np.random.default_rng(0)
+    first = draw.normal(0, 0.1, (48, 32)).astype(np.float32)
+    tensors = {
+        name: (draw.normal(0, 0.1, spec.shape) + (spec.init == "ones")).astype(np.float32)
+        for name, spec in named_tensors(read_model_config(config), 6)
+    }
+    # Layers on a line: the mean of the neighbours is exact, and the next is one step off.
+    for layer in range(6):
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"] = (layer + 1) * first
+    save_file(tensors, deeper / "model.safetensors", {"format": "pt"})
+    shown = succeed(
+        *("benchmark_lesa", _CONFIG, f"--config.base={deeper}", "--layers=1,4"),
+        f"--result={tmp_path / 'lesa.json'}",
+    )
+    assert "Relative error of a layer that was left out" in shown
+    result = json.loads((tmp_path / "lesa.json").read_text())
+    assert result["command"].startswith("python -m experiments.benchmark_lesa --config=tests/")
+    rows = {(row["matrix"], row["layer"]): row for row in result["matrices"]}
+    assert len(rows) == 7 * 2
+    for row in rows.values():
+        assert 0 < row["predicted"] < 3
+        assert abs(row["cosine"]) <= 1
+    for layer in (1, 4):
+        assert rows["up", layer]["mean"] < 1e-6
+        assert rows["up", layer]["copy_next"] == pytest.approx(1 / (layer + 1), rel=1e-5)
+        assert rows["query", layer]["mean"] == pytest.approx(1.22, abs=0.1)
+
+
+def test_lesa_is_planned_and_grown_on_the_command_line(base: Path, tmp_path: Path) -> None:
+    arguments = (_CONFIG, f"--config.base={base}", "--config.upscale.method=lesa")
+    assert "lesa, layout top" in " ".join(succeed("plan", *arguments).split())
+    shown = succeed("expand", *arguments, f"--workdir={tmp_path / 'run'}")
+    assert "What predicts the layer between two" in " ".join(shown.split())
+    assert "not an identity" in shown
+    manifest = read_manifest(tmp_path / "run" / "expanded")
+    assert [line["name"] for line in manifest.diagnostics] == [*MATRICES]
+    assert sum(manifest.is_new) == 2

@@ -40,7 +40,10 @@ def test_unknown_variant_of_a_config_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "flag"),
-    [("plan", "--config"), ("expand", "--workdir"), ("train", "--config"), ("sample", "--top_p")],
+    [
+        *(("plan", "--config"), ("expand", "--workdir"), ("train", "--config")),
+        *(("sample", "--top_p"), ("benchmark_lesa", "--layers")),
+    ],
 )
 def test_help_explains_and_lists_the_flags(launcher: str, flag: str) -> None:
     result = launch(launcher, "--help")

@@ -15,6 +15,7 @@ from opt_deus_jax.upscaling.methods import METHODS, Method, plan_layers, resolve
         ("opt_deus", "top", "transport", True, "new"),
         ("average", "top", "average", False, "new"),
         ("llama_pro", "uniform", "copy_previous", True, "new"),
+        ("lesa", "top", "predicted", False, "new"),
         ("solar", "stack", "", False, "all"),
         ("copy_previous", "top", "copy_previous", True, "new"),
         ("copy_next", "top", "copy_next", True, "new"),
@@ -89,6 +90,9 @@ def test_each_choice_replaces_the_preset():
         ({"num_new_layers": 1, "method": "average", "balance": True}, "balance=True: keeps the"),
         ({"num_new_layers": 1, "method": "twin", "balance": True}, "balance=True: keeps the"),
         ({"num_new_layers": 1, "method": "solar", "output_scale": 0.1}, "'solar' makes no new"),
+        ({"num_new_layers": 1, "method": "lesa", "layout": "stack"}, "'stack' goes with .*'solar'"),
+        ({"num_new_layers": 1, "method": "lesa", "fusion": "rescaled"}, "'lesa' fuses nothing"),
+        ({"num_new_layers": 1, "lesa_norms": "reference"}, "'lesa', not 'opt_deus'; leave it at"),
     ],
 )
 def test_contradictions_are_refused(fields, message):
