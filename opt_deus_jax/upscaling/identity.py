@@ -89,7 +89,7 @@ def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"])
     for layer, kind in enumerate(kinds):
         block = {
             name: load(spec.hf_name.format(layer=layer))
-            for name, spec in block_specs(config).items()
+            for name, spec in block_specs(config, kind).items()
         }
         x_BTD = _step(config, kind, block, x_BTD, inputs)
     head_VD = load(outer["head"].hf_name) if "head" in outer else embedding_VD  # pyright: ignore

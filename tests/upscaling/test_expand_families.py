@@ -55,7 +55,7 @@ def test_a_grown_model_computes_what_its_base_does(tmp_path, variant):
         (new,) = (o for o in made.manifest.layers if o["is_new"] and o["depth"] < 4)
         prefix = f"model.layers.{new['depth']}."
         values = {name: grown.read(name) for name in grown.tensors if name.startswith(prefix)}
-        fixed = identity_values(config)
+        fixed = identity_values(config.of_layer(new["depth"]))
         assert all(np.any(value) for value in values.values()) == (0.0 not in fixed.values())
         constant = [name for name, value in values.items() if len(np.unique(value)) == 1]
         assert len(constant) == len(fixed)
