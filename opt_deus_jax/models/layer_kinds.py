@@ -88,8 +88,9 @@ def _expert_layers(fields: Fields, family: Family, where: str) -> list[bool]:
     num_layers = fields["num_hidden_layers"]
     dense: Any = fields.get(_DENSE) or ()
     period = fields.get("decoder_sparse_step") or 1
-    is_list = isinstance(dense, Sequence) and not isinstance(dense, str)
-    if not is_list or any(depth not in range(num_layers) for depth in dense):
+    if not isinstance(dense, list | tuple) or any(
+        depth not in range(num_layers) for depth in dense
+    ):
         raise UserError(
             f"{where}: field {_DENSE}={dense!r} must be a list of depths from 0 to {num_layers - 1}"
         )

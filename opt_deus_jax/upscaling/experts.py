@@ -19,11 +19,14 @@ from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.transport.assignment import assign_by_gain
 from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.blending import restore_rows
+from opt_deus_jax.upscaling.features import NEURON_MATRICES
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.neurons import overlap
+from opt_deus_jax.upscaling.new_block import Block
 
+EXPERT_PARAMETERS = ("router_kernel", *(f"experts_{name}_kernel" for name in NEURON_MATRICES))
 _PROBES = 256
-Arrays = Mapping[str, Array]
+Arrays = Mapping[str, Array] | Block
 # Fuses a matrix of an expert of A, given by its name, with that of one of B.
 FusePair = Callable[[str, Array, Array], tuple[Array, MatrixReport]]
 
@@ -67,10 +70,26 @@ def check_parents(config: ModelConfig, weights: str, layers: Sequence[LayerOrigi
             )
 
 
+def expert_block(block: Block, expert: int) -> dict[str, np.ndarray]:
+    """One expert as the MLP of a block, with the norm that it reads behind."""
+    kernels = {
+        f"{name}_kernel": block[f"experts_{name}_kernel"][expert] for name in NEURON_MATRICES
+    }
+    return kernels | {"post_attention_norm": block["post_attention_norm"]}
+
+
+def stack_expert_blocks(blocks: Sequence[Block]) -> dict[str, np.ndarray]:
+    """Undoes `expert_block` for all experts; the norm is not among what comes back."""
+    return {
+        f"experts_{name}_kernel": np.stack([block[f"{name}_kernel"] for block in blocks])
+        for name in NEURON_MATRICES
+    }
+
+
 def _answers(block: Arrays, config: ModelConfig) -> Float[np.ndarray, "e a"]:
     """What each expert makes of the same random tokens, as they come out of a norm."""
     drawn = np.random.default_rng(0).standard_normal((_PROBES, config.width)).astype(np.float32)
-    x_PD = jnp.asarray(drawn) * block["post_attention_norm"][None]
+    x_PD = jnp.asarray(drawn * np.asarray(block["post_attention_norm"]))
 
     def read(x_PD: Array, kernel_OD: Array) -> Array:
         return jnp.matmul(x_PD, kernel_OD.T, precision=jax.lax.Precision.HIGHEST)
@@ -79,7 +98,7 @@ def _answers(block: Arrays, config: ModelConfig) -> Float[np.ndarray, "e a"]:
         gated_PF = ACTIVATIONS[config.activation](read(x_PD, gate_FD)) * read(x_PD, up_FD)
         return read(gated_PF, down_DF)
 
-    kernels = (block[f"experts_{name}_kernel"] for name in ("gate", "up", "down"))
+    kernels = (jnp.asarray(block[f"experts_{name}_kernel"]) for name in NEURON_MATRICES)
     answers_EPD = jax.lax.map(lambda kernel: answer(*kernel), tuple(kernels))
     return np.asarray(answers_EPD).reshape(len(answers_EPD), -1)
 
@@ -151,7 +170,7 @@ def fuse_experts(
     for name in matrices:
         key = f"experts_{name}_kernel"
         pairs = [
-            fuse_pair(name, previous[key][source], next_[key][target])
+            fuse_pair(name, *map(jnp.asarray, (previous[key][source], next_[key][target])))
             for target, source in enumerate(match.source_E.tolist())
         ]
         fused[key] = jnp.stack([kernel for kernel, _ in pairs])
