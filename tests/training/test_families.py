@@ -153,11 +153,12 @@ def test_first_gradients_through_a_norm_are_of_the_size_of_a_llamas(variant):
     assert gradient_norm(variant, kernels) / of_llama > 300
 
 
-def test_a_mesh_computes_what_one_device_does():
-    # Its norms of queries and keys go over all heads, which the mesh cuts.
-    source = base("olmo2")
-    loss, gradients, _, _ = one_step(program_of("olmo2"), source)
-    on_mesh, found, _, _ = one_step(program_of("olmo2", (2, 2, 2)), source)
+# Norms over all heads, which the mesh cuts; experts, of which each device has some.
+@pytest.mark.parametrize("variant", ["olmo2", "mixtral"])
+def test_a_mesh_computes_what_one_device_does(variant):
+    source = base(variant)
+    loss, gradients, _, _ = one_step(program_of(variant), source)
+    on_mesh, found, _, _ = one_step(program_of(variant, (2, 2, 2)), source)
     np.testing.assert_allclose(on_mesh, loss, rtol=1e-5)
     for name, gradient in gradients.items():
         scale = np.abs(gradient).max()
