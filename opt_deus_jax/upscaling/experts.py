@@ -44,6 +44,11 @@ class ExpertMatch(NamedTuple):
     mean_cost: float
     matched_cost: float
 
+    @property
+    def map_EE(self) -> Float[np.ndarray, "e e"]:
+        """The permutation, to be applied as `map.T @ rows of A`."""
+        return np.eye(len(self.source_E), dtype=np.float32)[:, self.source_E]
+
 
 def check_parents(config: ModelConfig, weights: str, layers: Sequence[LayerOrigin]) -> None:
     """Refuses to mix a layer with experts and one without.
@@ -145,7 +150,7 @@ def fuse_experts(
     matrices: Sequence[str],
     fusion: str,
     fuse_pair: FusePair,
-) -> tuple[dict[str, Array], list[MatrixReport]]:
+) -> tuple[dict[str, Array], list[MatrixReport], Float[np.ndarray, "e e"]]:
     """Matches experts and fuses each pair, matrix by matrix; rows of the router follow the match.
 
     Args:
@@ -158,7 +163,7 @@ def fuse_experts(
 
     Returns:
         Kernels of experts and router by parameter name; a report of the router, whose gain is that
-        of the match, and one of each matrix over all experts.
+        of the match, and one of each matrix over all experts; the map of the match.
     """
     match = match_experts(previous, next_, config)
     router_a, router_b = (np.asarray(block["router_kernel"]) for block in (previous, next_))
@@ -175,7 +180,7 @@ def fuse_experts(
         ]
         fused[key] = jnp.stack([kernel for kernel, _ in pairs])
         reports.append(merge_reports(f"experts {name}", [line for _, line in pairs]))
-    return fused, reports
+    return fused, reports, match.map_EE
 
 
 def report_match(

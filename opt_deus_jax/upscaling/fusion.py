@@ -158,8 +158,9 @@ def _transport(
         fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
     if "router_kernel" in a:
         matrices = ("gate", "up", "down") if needs_down else ("gate", "up")
-        kernels, lines = fuse_experts(a, b, config, matrices, fusion, fuse_expert)
+        kernels, lines, map_EE = fuse_experts(a, b, config, matrices, fusion, fuse_expert)
         fused |= kernels
+        maps["router"] = jnp.asarray(map_EE)
         reports += lines
     else:
         for name in ("gate", "up"):

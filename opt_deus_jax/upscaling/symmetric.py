@@ -65,10 +65,10 @@ class _FusedSide(NamedTuple):
 
 def _sides(block: Block, config: ModelConfig, epsilon: float | None) -> tuple[_Side, _Side]:
     """Heads, and the neurons of an MLP, for blocks with the parameters of this one."""
-    has_experts = _ROUTER in block
-    others = EXPERT_PARAMETERS if has_experts else _OTHERS_OF_NEURONS
+    others, width = _OTHERS_OF_NEURONS, config.mlp_width
+    if config.experts is not None and _ROUTER in block:
+        others, width = EXPERT_PARAMETERS, config.experts.width
     check_parameters(block, _FIELD, _OTHERS_OF_HEADS + others)
-    width = config.experts.width if config.experts and has_experts else config.mlp_width
 
     def heads(a: Features, b: Features) -> UnitMatch:
         return match_heads(a, b, config)
@@ -185,6 +185,7 @@ def fuse_symmetric(
         rows = blend_rows(fusion, router_a[match.source_E], router_b, mlp.share_U)
         mlp.parameters.update(unfold_features({"router": rows}, norms, next_))
         mlp.reports.insert(0, report_match(match, rows, router_a, router_b))
+        mlp.maps["router"] = match.map_EE
     else:
         mlp = fuse(neurons, previous, next_)
     fused = shift_norms(attention.parameters | mlp.parameters, -offset)

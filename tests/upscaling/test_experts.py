@@ -102,6 +102,8 @@ def test_the_router_goes_with_its_experts_and_is_not_transported(transport, fuse
     np.testing.assert_allclose(made.block["router_kernel"], expected, rtol=1e-4, atol=1e-6)
     names = [report.name for report in made.reports]
     assert names.count("router") == 1
+    moved = made.maps["router"].T @ router_a
+    np.testing.assert_array_equal(moved, router_a[match_experts(a, b, config).source_E])
     assert {"experts gate", "experts up"} <= set(names)
     assert all(report.converged for report in made.reports)
 
