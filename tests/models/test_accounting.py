@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import torch
+import transformers
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from opt_deus_jax.config import TrainingConfig
@@ -265,7 +267,10 @@ def test_experts_a_token_is_not_sent_to_are_not_active():
     })  # fmt: skip
     counted = costs_of(mixtral, TrainedNames(frozenset(), (frozenset(),) * 32))
     # As published with Mixtral 8x7B: 47B, of which 13B are active.
-    assert counted.parameters == 46_702_792_704
+    with torch.device("meta"):
+        whole = transformers.MixtralForCausalLM(transformers.MixtralConfig())
+    total = sum(parameter.numel() for parameter in whole.parameters())
+    assert counted.parameters == total == 46_702_792_704
     assert counted.parameters - counted.active_parameters == 32 * experts * 6 // 8
     idle = read_model_config({
         **{"model_type": "qwen3_moe", **SIZES, "num_experts": 7, "num_experts_per_tok": 2},

@@ -9,6 +9,7 @@ from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.params import block_specs, identity_values
+from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
 from opt_deus_jax.upscaling import fusion
 from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
 from opt_deus_jax.upscaling.expand import expand_checkpoint
@@ -215,6 +216,18 @@ def test_scaled_branches_compute_the_same():
     scaled = scale_branches(a, 4.0)
     np.testing.assert_array_equal(scaled["experts_up_kernel"], 4 * a["experts_up_kernel"])
     np.testing.assert_array_equal(run_block(config, scaled), run_block(config, a))
+
+
+def test_layers_with_experts_and_others_are_drawn_in_one_picture(tmp_path):
+    config, (a, b, *_) = blocks_of("mixtral")
+    options = {"weights": "transport", "transport": "assignment", "zero_init": True}
+    made = fuse_blocks(a, b, config=config, **options)
+    plain_config, (plain_a, plain_b, *_) = blocks_of("llama")
+    plain = fuse_blocks(plain_a, plain_b, config=plain_config, **options)
+    for lowest, other in ((made, plain), (plain, made)):
+        plot_diagnostics(tmp_path, lowest.maps, {2: lowest.reports, 4: other.reports})
+        assert (tmp_path / PICTURE).stat().st_size > 10_000
+        (tmp_path / PICTURE).unlink()
 
 
 @pytest.mark.parametrize(
