@@ -25,10 +25,11 @@ from opt_deus_jax.distributed.compiled_report import (
     report_table,
 )
 from opt_deus_jax.distributed.topology import parse_topology, topology_devices
+from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
 from opt_deus_jax.reporting.tables import show
 from opt_deus_jax.training.ahead import lower_train_step
 from opt_deus_jax.training.segments import select_trained
-from opt_deus_jax.upscaling.methods import plan_layers, resolve_method
+from opt_deus_jax.upscaling.methods import layer_parents, plan_layers, resolve_method
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5p:4x4x4.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "File that gets the figures as JSON.")
@@ -42,14 +43,15 @@ def main() -> None:
     experiment = launch.experiment_from_flags()
     topology = parse_topology(_TOPOLOGY.value)
     devices = topology_devices(topology)
-    _, model = read_config_only(experiment.base)
+    hf_config, model = read_config_only(experiment.base)
     method, upscale = resolve_method(experiment.upscale), experiment.upscale
     is_grown = upscale.method == "base" and (Path(experiment.base) / FILE_NAME).exists()
     manifest = read_manifest(Path(experiment.base)) if is_grown else None
     layers = plan_layers(upscale, model.num_layers, manifest)
-    trained = select_trained(model, [layer.is_new for layer in layers], method.trained)
+    grown = read_model_config(grown_hf_config(hf_config, layer_parents(method, layers)))
+    trained = select_trained(grown, [layer.is_new for layer in layers], method.trained)
     start = time.perf_counter()
-    step = lower_train_step(experiment, model, trained, devices)
+    step = lower_train_step(experiment, grown, trained, devices)
     compiled = compile_for(step.lowered, topology, argument_bytes(step.arguments))
     report = analyse(
         compiled,

@@ -9,13 +9,13 @@ import tqdm
 from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.manifest import manifest_of
 from opt_deus_jax.checkpoints.opening import open_checkpoint
-from opt_deus_jax.models.model_config import read_model_config
+from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
 from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
 from opt_deus_jax.reporting.tables import diagnostics_table, identity_line, predictor_table, show
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.layout import LayerOrigin
-from opt_deus_jax.upscaling.methods import plan_layers, resolve_method
+from opt_deus_jax.upscaling.methods import layer_parents, plan_layers, resolve_method
 from opt_deus_jax.upscaling.probe import probe_tokens
 
 launch.define_flags()
@@ -34,7 +34,9 @@ def main() -> None:
     grown_before = manifest_of(source) if upscale.method == "base" else None
     layers = plan_layers(upscale, model.num_layers, grown_before)
     # What cannot be trained is better known before the work than after it.
-    select_trained(model, [layer.is_new for layer in layers], resolve_method(upscale).trained)
+    method = resolve_method(upscale)
+    grown = read_model_config(grown_hf_config(source.hf_config, layer_parents(method, layers)))
+    select_trained(grown, [layer.is_new for layer in layers], method.trained)
     probe_BT = probe_tokens(source)
     with tqdm.tqdm(total=len(layers), desc="expand", unit="layer") as bar:
 

@@ -37,8 +37,8 @@ def main() -> None:
     upscale = experiment.upscale
     grown_before = _manifest_of_base(experiment.base) if upscale.method == "base" else None
     layers = plan_layers(upscale, model.num_layers, grown_before)
-    trained = select_trained(model, [layer.is_new for layer in layers], method.trained)
     grown = read_model_config(grown_hf_config(hf_config, layer_parents(method, layers)))
+    trained = select_trained(grown, [layer.is_new for layer in layers], method.trained)
     costs = count_costs(
         grown,
         trained.outer,

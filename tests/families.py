@@ -48,6 +48,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 0.5,
         },
     },
+    # The loss of the balance weighs enough to be seen.
+    "mixtral": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
+        **{"output_router_logits": True, "router_aux_loss_coef": 0.5},
+    },
+    "qwen3_moe": {
+        **{"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
+        **{"mlp_only_layers": [0], "head_dim": 16, "attention_bias": True},
+    },
+    "qwen3_moe normalised": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 6},
+    },
     "olmo2": {"attention_bias": True, "rms_norm_eps": 1e-6},
     "gemma2": {
         **{"sliding_window": 5, "query_pre_attn_scalar": 24, "head_dim": 16},

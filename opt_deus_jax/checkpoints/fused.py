@@ -1,7 +1,7 @@
-"""Kernels that a checkpoint stores as one, seen one by one.
+"""Kernels that a checkpoint stores otherwise than the project knows them: as one, or in pieces.
 
-The rest of the project knows the parts only: they are cut out where a checkpoint is read, and put
-together where one is written.
+Of fused kernels the project knows the parts only: they are cut out where a checkpoint is read, and
+put together where one is written. Of experts it is the other way round.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from opt_deus_jax.checkpoints.experts import stack_experts, unstack_experts
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig
@@ -18,18 +19,21 @@ Read = Callable[[str], np.ndarray]
 
 
 def split_fused(source: CheckpointSource, config: ModelConfig) -> CheckpointSource:
-    """Shows the parts of fused kernels as tensors of their own.
+    """Shows the parts of fused kernels as tensors of their own, and experts as one.
 
     Args:
         source: A checkpoint as it is stored.
         config: Its network.
 
     Returns:
-        The same tensors by the names of `named_tensors`; the source itself where none is fused.
+        The same tensors by the names of `named_tensors`; the source itself where none is stored
+        otherwise.
 
     Raises:
-        UserError: A fused kernel is missing or of another shape, or its parts are there as well.
+        UserError: A fused kernel or an expert is missing or of another shape, or parts are there as
+            well.
     """
+    source = stack_experts(source, config)
     wholes = fused_names(config)
     if not wholes:
         return source
@@ -89,6 +93,7 @@ def fuse(
         What is stored, a fused kernel in the place of the first of its parts, and how one of those
         is made.
     """
+    tensors, read = unstack_experts(tensors, read)
     wholes = fused_names(config, num_layers)
     whole_of = {part: whole for whole, parts in wholes.items() for part in parts}
     stored: dict[str, TensorInfo] = {}

@@ -13,6 +13,10 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    # Each device has some experts, whole.
+    "expert": "tensor",
+    "expert_mlp": None,
+    "all_experts": None,
     "width": "fsdp",
     "layers": None,
     "accumulation": None,

@@ -1,17 +1,22 @@
 """Parameters, FLOPs and memory of a network, from its shape and what of it is trained."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_size, block_specs, outer_size, outer_specs
+
+# The kernel that ends the block.
+_LAST = ("down_kernel", "experts_down_kernel")
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """What a network takes.
 
-    FLOPs are those of the matrix products, a token, where a multiply-add is two. Attention counts
+    FLOPs are those of the matrix products, a token, where a multiply-add is two. Of experts only
+    those that a token is sent to are counted; `moe.apply_experts` computes all. Attention counts
     every pair of tokens of a sequence, the masked half included, as utilisation is usually stated
     (PaLM, arXiv 2204.02311, appendix B), and where a layer has a window, as many pairs a token as
     that is wide. Of long sequences `reference` leaves out up to three
@@ -19,6 +24,7 @@ class Costs:
 
     Attributes:
         parameters: All parameters.
+        active_parameters: Those that a token meets: of experts the chosen ones.
         trained_parameters: Those that are trained.
         forward_flops: FLOPs a token of a forward pass.
         backward_flops: FLOPs a token of what the gradients of the trained parameters need: each
@@ -35,6 +41,7 @@ class Costs:
     """
 
     parameters: int
+    active_parameters: int
     trained_parameters: int
     forward_flops: int
     backward_flops: int
@@ -48,8 +55,20 @@ class Costs:
         return self.forward_flops + self.backward_flops
 
 
-def _kernel_flops(config: ModelConfig) -> dict[str, int]:
-    return {name: 2 * s.size for name, s in block_specs(config).items() if len(s.shape) == 2}
+def _active_sizes(config: ModelConfig, kind: LayerKind) -> dict[str, int]:
+    """How many elements of each parameter a token meets."""
+    sizes = {}
+    for name, spec in block_specs(config, kind).items():
+        sizes[name] = spec.size
+        if spec.logical_axes[0] == "expert":
+            assert config.experts is not None
+            sizes[name] = spec.size // config.experts.number * config.experts.per_token
+    return sizes
+
+
+def _kernel_flops(config: ModelConfig, kind: LayerKind) -> dict[str, int]:
+    sizes = _active_sizes(config, kind)
+    return {name: 2 * size for name, size in sizes.items() if name.endswith("_kernel")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,39 +93,45 @@ def _wanted(names: frozenset[str], has_trained_below: bool) -> _Wanted:
     attended = query or key or value
     mlp_normed = attended or trains("output") or "attention_output_norm" in names
     mlp_normed = mlp_normed or "post_attention_norm" in names
-    gated = mlp_normed or trains("gate") or trains("up")
+    gates = ("gate", "up", "router", "experts_gate", "experts_up")
+    gated = mlp_normed or any(map(trains, gates))
     return _Wanted(normed, query, key, value, attended, mlp_normed, gated)
 
 
 def _block_backward(
-    config: ModelConfig, names: frozenset[str], wanted: _Wanted, attention_product: int
+    kernel: Mapping[str, int], names: frozenset[str], wanted: _Wanted, attention_product: int
 ) -> int:
-    kernel = _kernel_flops(config)
     total = sum(flops for name, flops in kernel.items() if name in names)
+    readers = ("gate_kernel", "up_kernel", "router_kernel")
+    expert_readers = ("experts_gate_kernel", "experts_up_kernel")
     passed = {
         **dict.fromkeys(("query_kernel", "key_kernel", "value_kernel"), wanted.normed),
-        **dict.fromkeys(("gate_kernel", "up_kernel"), wanted.mlp_normed),
+        **dict.fromkeys((*readers, *expert_readers), wanted.mlp_normed),
         "output_kernel": wanted.attended,
-        "down_kernel": wanted.gated,
+        **dict.fromkeys(_LAST, wanted.gated),
     }
-    total += sum(kernel[name] for name, is_wanted in passed.items() if is_wanted)
+    total += sum(flops for name, flops in kernel.items() if passed[name])
     # Gradients of the attention weights, and of what they are made from and applied to.
     products = (wanted.query or wanted.key) + wanted.query + wanted.key + wanted.value
     return total + products * attention_product
 
 
 def _block_recomputed(
-    config: ModelConfig, names: frozenset[str], wanted: _Wanted, attention_product: int, remat: str
+    config: ModelConfig,
+    kernel: Mapping[str, int],
+    names: frozenset[str],
+    wanted: _Wanted,
+    attention_product: int,
+    remat: str,
 ) -> int:
     if remat == "matmuls":
         # What the weights are applied to is stored, the weights are not, nor what they sum to.
         return attention_product * (wanted.attended or "output_kernel" in names)
-    is_in_backward = wanted.gated or "down_kernel" in names or "mlp_output_norm" in names
+    is_in_backward = wanted.gated or not names.isdisjoint((*_LAST, "mlp_output_norm"))
     if remat == "block" and is_in_backward:
-        kernel = _kernel_flops(config)
         # No gradient needs the product that ends the block, unless a norm follows it.
         ends_with_norm = "mlp_output_norm" in config.facts.norms
-        last = 0 if ends_with_norm else kernel["down_kernel"]
+        last = 0 if ends_with_norm else sum(kernel.get(name, 0) for name in _LAST)
         return sum(kernel.values()) - last + 2 * attention_product
     return 0
 
@@ -135,36 +160,44 @@ def count_costs(
     Returns:
         The counts.
     """
-    specs, outer = block_specs(config), outer_specs(config)
+    outer, kinds = outer_specs(config), config.kinds_of(len(trained_blocks))
+    specs_of = {kind: block_specs(config, kind) for kind in set(kinds)}
+    kernels_of = {kind: _kernel_flops(config, kind) for kind in specs_of}
     products = [
         2
         * min(sequence_length, kind.window or sequence_length)
         * config.num_heads
         * config.head_dim
-        for kind in config.kinds_of(len(trained_blocks))
+        for kind in kinds
     ]
     head = 2 * config.vocabulary_size * config.width
-    parameters = len(trained_blocks) * block_size(config) + outer_size(config)
+    parameters = sum(block_size(config, kind) for kind in kinds) + outer_size(config)
+    active = sum(sum(_active_sizes(config, kind).values()) for kind in kinds) + outer_size(config)
     trained = sum(outer[name].size for name in trained_outer)
     has_trained_below = "embedding" in trained_outer
     backward = recomputed = 0
-    for names, product in zip(trained_blocks, products, strict=True):
-        trained += sum(specs[name].size for name in names)
-        wanted = _wanted(names, has_trained_below)
-        backward += _block_backward(config, names, wanted, product)
-        recomputed += _block_recomputed(config, names, wanted, product, remat)
+    for names, kind, product in zip(trained_blocks, kinds, products, strict=True):
+        trained += sum(specs_of[kind][name].size for name in names)
+        wanted, kernel = _wanted(names, has_trained_below), kernels_of[kind]
+        backward += _block_backward(kernel, names, wanted, product)
+        recomputed += _block_recomputed(config, kernel, names, wanted, product, remat)
         has_trained_below = has_trained_below or bool(names)
     head_is_trained = ("embedding" if config.tied_embeddings else "head") in trained_outer
     backward += head * (head_is_trained + (has_trained_below or "final_norm" in trained_outer))
-    widest = max(max(spec.shape[:1]) for spec in specs.values())
-    kernels = len(trained_blocks) * sum(_kernel_flops(config).values())
+    widest = max(
+        s.shape[-2] if len(s.shape) > 1 else 1
+        for specs in specs_of.values()
+        for s in specs.values()
+    )
+    largest = max(block_size(config, kind) for kind in specs_of)
+    kernels = sum(sum(kernels_of[kind].values()) for kind in kinds)
     return Costs(
         parameters=parameters,
+        active_parameters=active,
         trained_parameters=trained,
         forward_flops=kernels + 2 * sum(products) + head,
         backward_flops=backward,
         recomputed_flops=recomputed,
-        expansion_bytes=4
-        * (3 * block_size(config) + 4 * widest**2 + config.vocabulary_size * config.width),
+        expansion_bytes=4 * (3 * largest + 4 * widest**2 + config.vocabulary_size * config.width),
         training_bytes=(parameters - trained) * frozen_bytes + trained * 16,
     )

@@ -13,6 +13,7 @@ from opt_deus_jax.distributed.sharding import constrain, gather_width, num_shard
 from opt_deus_jax.models.attention import Scoring, causal_attention, reference_attention
 from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import ModelConfig, NormConfig
+from opt_deus_jax.models.moe import apply_experts, route, sum_load
 from opt_deus_jax.models.params import ParamSpec, block_specs
 from opt_deus_jax.models.products import project as multiply_kernel
 from opt_deus_jax.models.rope import rotate
@@ -39,6 +40,10 @@ class BlockInputs(NamedTuple):
     allowed_BTS: Bool[Array, "b t s"] | None = None
     cache_start: Array | None = None
     ends_BT: Int[Array, "b t"] | None = None
+
+
+# The collection into which a block with experts sows its `RouterLoad`, where it is mutable.
+ROUTER_LOAD = "router_load"
 
 
 class KeyValueCache(NamedTuple):
@@ -72,7 +77,7 @@ def root_mean_square_norm(
     return normed.astype(x.dtype) * scale
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
@@ -88,9 +93,9 @@ def _write(cache: KeyValueCache, seen: KeyValueCache, cache_start: Array) -> Key
 
 
 class DecoderBlock(nn.Module):
-    """Attention and a gated MLP, each with its norms and added to the residual stream.
+    """Attention and a gated MLP, or several, each with its norms and added to the residual stream.
 
-    Its parameters are exactly `block_specs(config)`, flat, kernels [out, in].
+    Its parameters are exactly `block_specs(config, kind)`, flat, kernels [out, in].
 
     Attributes:
         config: The network; its depth does not matter.
@@ -150,9 +155,21 @@ class DecoderBlock(nn.Module):
         attended, seen = self._attend(query, key, value, params, inputs, cache)
         x_BTD = add(x_BTD, "attention_output_norm", project("output", attended))
         normed = norm("post_attention_norm", x_BTD)
-        gated = _ACTIVATIONS[config.activation](project("gate", normed)) * project("up", normed)
+        if self.kind.has_experts:
+            return add(x_BTD, "mlp_output_norm", self._experts(normed, params, inputs)), seen
+        gated = ACTIVATIONS[config.activation](project("gate", normed)) * project("up", normed)
         gated = constrain(gated, "batch", "length", "mlp")
         return add(x_BTD, "mlp_output_norm", project("down", gated)), seen
+
+    def _experts(self, normed: Array, params: Mapping[str, Array], inputs: BlockInputs) -> Array:
+        experts, example_BT = self.config.experts, inputs.example_BT
+        assert experts is not None
+        flat_MD = normed.reshape(-1, normed.shape[-1])
+        routing = route(flat_MD, params["router_kernel"], experts)
+        is_real_M = None if example_BT is None else example_BT.reshape(-1) > 0
+        self.sow(ROUTER_LOAD, "load", sum_load(routing, is_real_M))
+        activation = ACTIVATIONS[self.config.activation]
+        return apply_experts(flat_MD, routing.weights_ME, params, activation).reshape(normed.shape)
 
     def _params(self, dtype: jnp.dtype) -> dict[str, Array]:
         initializers = {
@@ -165,12 +182,15 @@ class DecoderBlock(nn.Module):
             value = self.param(name, initializers[spec.init], spec.shape, jnp.float32)
             # Near the identity a scale of -1 + x would lose its x to the compute dtype.
             is_float32 = name.endswith("_norm") and self.config.norm.in_float32
-            is_kernel = name.endswith("_kernel")
+            # A choice is not to hang on rounding more than it must.
+            is_kernel = name.endswith("_kernel") and name != "router_kernel"
             to = jnp.float32 if is_float32 else (is_kernel and self.kernel_dtype) or dtype
             # Cast first: what travels between devices is as small as what is multiplied.
             return gather_width(value.astype(to), spec.logical_axes)
 
-        return {name: param(name, spec) for name, spec in block_specs(self.config).items()}
+        return {
+            name: param(name, spec) for name, spec in block_specs(self.config, self.kind).items()
+        }
 
     def _attend(
         self,

@@ -73,6 +73,23 @@ def _all_full(fields: Fields) -> Sequence[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertNames:
+    """What checkpoints call a mixture of experts, a `*` for the number of an expert.
+
+    Attributes:
+        router: What scores the experts.
+        gate: An expert's kernels, as are the others.
+        width_field: The field of config.json that gives the neurons of an expert.
+    """
+
+    router: str
+    gate: str
+    up: str
+    down: str
+    width_field: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """What tells an architecture from the others.
 
@@ -91,6 +108,7 @@ class Family:
         qkv_bias: Whether queries, keys and values have biases; None where `attention_bias` says.
         output_bias: Whether the output of attention has one; None where `attention_bias` says.
         fused: Kernels that checkpoints store as one, [a; b; ...], by the name of the whole.
+        experts: Names of a mixture of experts, where layers may have one in place of their MLP.
         activation_field: The field that names the MLP's activation.
         layer_types: Types of the layers where config.json has no `layer_types`.
         rope_kinds: The rotary embeddings that it may have, by their `rope_type`.
@@ -113,6 +131,7 @@ class Family:
     qkv_bias: bool | None = None
     output_bias: bool | None = None
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    experts: ExpertNames | None = None
     activation_field: str = "hidden_act"
     layer_types: Callable[[Fields], Sequence[str]] = _all_full
     rope_kinds: Sequence[str] = ("default", "linear", "llama3", "yarn")
@@ -133,6 +152,12 @@ class Family:
 def _all_sliding(fields: Fields) -> Sequence[str]:
     kind = FULL if fields["sliding_window"] is None else SLIDING
     return (kind,) * fields["num_hidden_layers"]
+
+
+def _all_sliding_if_used(fields: Fields) -> Sequence[str]:
+    return _all_sliding(
+        {**fields, "sliding_window": None} if not fields["use_sliding_window"] else fields
+    )
 
 
 def _sliding_from_boundary(fields: Fields) -> Sequence[str]:
@@ -168,6 +193,12 @@ def _full_once_a_period(fields: Fields) -> Sequence[str]:
     ]
 
 
+_EXPERTS: Fields = {
+    "num_local_experts": None,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
 _QWEN2: Fields = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -233,6 +264,54 @@ FAMILIES: Mapping[str, Family] = {
         defaults={**_QWEN2, "head_dim": 128, "attention_bias": False},
         query_key_norm="head",
         layer_types=_sliding_from_boundary,
+    ),
+    "mixtral": Family(
+        defaults={
+            **_EXPERTS,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "num_local_experts": 8,
+        },
+        fixed={"router_jitter_noise": (0.0, None)},
+        layer_types=_all_sliding,
+        experts=ExpertNames(
+            router="block_sparse_moe.gate",
+            gate="block_sparse_moe.experts.*.w1",
+            up="block_sparse_moe.experts.*.w3",
+            down="block_sparse_moe.experts.*.w2",
+            width_field="intermediate_size",
+        ),
+    ),
+    "qwen3_moe": Family(
+        defaults={
+            **_EXPERTS,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            # transformers 5 writes the number as `num_local_experts`.
+            "num_experts": None,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "mlp_only_layers": None,
+            "decoder_sparse_step": 1,
+        },
+        # Published configs have it; the network has a window in all layers or in none.
+        inert=frozenset({"max_window_layers"}),
+        query_key_norm="head",
+        layer_types=_all_sliding_if_used,
+        experts=ExpertNames(
+            router="mlp.gate",
+            gate="mlp.experts.*.gate_proj",
+            up="mlp.experts.*.up_proj",
+            down="mlp.experts.*.down_proj",
+            width_field="moe_intermediate_size",
+        ),
     ),
     "smollm3": Family(
         defaults={

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opt_deus_jax.distributed.sharding import constrain, gather_width
 from opt_deus_jax.models.attention import ATTENDED, cap_softly
 from opt_deus_jax.models.block import (
+    ROUTER_LOAD,
     BlockInputs,
     DecoderBlock,
     KeyValueCache,
@@ -22,6 +23,7 @@ from opt_deus_jax.models.block import (
 )
 from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import LogitsConfig, ModelConfig
+from opt_deus_jax.models.moe import RouterLoad, no_load
 from opt_deus_jax.models.params import outer_specs
 from opt_deus_jax.models.products import PRODUCT, matmul_precision
 from opt_deus_jax.models.rope import rotary_tables
@@ -31,10 +33,10 @@ BlockParams = dict[str, Array]
 
 
 def init_block(config: ModelConfig, key: Array) -> BlockParams:
-    """Draws the parameters of one block, float32."""
+    """Draws the parameters of a block like the lowest, float32."""
     x_BTD = jnp.zeros((1, 1, config.width))
     positions = jnp.zeros((1, 1), jnp.int32)
-    module = DecoderBlock(config, LayerKind())
+    module = DecoderBlock(config, config.layer_kinds[0])
     variables: Any = module.init(key, x_BTD, causal_inputs(config, positions))
     return variables["params"]
 
@@ -157,6 +159,10 @@ _REMAT_POLICIES = {
 }
 
 
+# The residual stream and what experts were given so far, where that is wanted.
+_State = tuple[Array, RouterLoad | None]
+
+
 def hidden_states(
     params: Params,
     tokens_BT: Int[Array, "b t"],
@@ -185,6 +191,48 @@ def hidden_states(
     Returns:
         What the head is applied to.
     """
+    return hidden_states_and_load(
+        params,
+        tokens_BT,
+        example_BT,
+        config=config,
+        dtype=dtype,
+        attention=attention,
+        remat=remat,
+        kernel_dtype=kernel_dtype,
+        wants_load=False,
+    )[0]
+
+
+def hidden_states_and_load(
+    params: Params,
+    tokens_BT: Int[Array, "b t"],
+    example_BT: Int[Array, "b t"] | None,
+    *,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    attention: str,
+    remat: str,
+    kernel_dtype: jnp.dtype | None,
+    wants_load: bool,
+) -> tuple[Float[Array, "b t d"], RouterLoad | None]:
+    """Runs what `hidden_states` does, and sums up which experts were chosen.
+
+    Args:
+        params: See `hidden_states`.
+        tokens_BT: Likewise.
+        example_BT: Likewise.
+        config: Likewise.
+        dtype: Likewise.
+        attention: Likewise.
+        remat: Likewise.
+        kernel_dtype: Likewise.
+        wants_load: Whether it is to be summed; the network then has experts. Tokens of example 0
+            are not counted.
+
+    Returns:
+        What the head is applied to; the load of all layers, or None.
+    """
     if example_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
     else:
@@ -195,21 +243,31 @@ def hidden_states(
     @functools.partial(
         jax.checkpoint, prevent_cse=False, policy=_REMAT_POLICIES[remat], static_argnums=0
     )
-    def apply(kind: LayerKind, x: Array, block: BlockParams) -> Array:
-        return apply_block(config, kind, block, x, inputs, None, attention, kernel_dtype)[0]
+    def apply(kind: LayerKind, state: _State, block: BlockParams) -> _State:
+        x, load = state
+        if load is None or not kind.has_experts:
+            x, _ = apply_block(config, kind, block, x, inputs, None, attention, kernel_dtype)
+            return x, load
+        module = DecoderBlock(config, kind, attention, kernel_dtype)
+        variables: Any = {"params": block}
+        (x, _), sown = module.apply(variables, x, inputs, mutable=[ROUTER_LOAD])  # pyright: ignore
+        (added,) = sown[ROUTER_LOAD]["load"]
+        return x, jax.tree.map(jnp.add, load, added)
 
     def apply_pattern(
-        kinds: list[LayerKind], x: Array, pattern: list[BlockParams]
-    ) -> tuple[Array, None]:
+        kinds: list[LayerKind], state: _State, pattern: list[BlockParams]
+    ) -> tuple[_State, None]:
         for kind, block in zip(kinds, pattern, strict=True):
-            x = apply(kind, x, block)
-        return x, None
+            state = apply(kind, state, block)
+        return state, None
 
     x_BTD = embed(params, tokens_BT, config=config, dtype=dtype)
+    state = (x_BTD, no_load(config.experts) if wants_load and config.experts else None)
     all_kinds = segment_kinds(config, params)
     for segment, kinds in zip(params["segments"], all_kinds, strict=True):
-        x_BTD, _ = jax.lax.scan(functools.partial(apply_pattern, kinds), x_BTD, segment)
-    return root_mean_square_norm(x_BTD, params["final_norm"], config.norm)
+        state, _ = jax.lax.scan(functools.partial(apply_pattern, kinds), state, segment)
+    x_BTD, load = state
+    return root_mean_square_norm(x_BTD, params["final_norm"], config.norm), load
 
 
 def head_kernel(params: Params, dtype: jnp.dtype) -> Float[Array, "v d"]:

@@ -12,7 +12,12 @@ _TYPES, _HAS_ROPE = "layer_types", "no_rope_layers"
 # The number of layers below the first with a window; ignored where `layer_types` stands.
 _FIRST_SLIDING = "max_window_layers"
 # A period, which no longer holds when layers have been put in between.
-_PERIODS = ("sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval")
+_PERIODS = (
+    *("sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval"),
+    "decoder_sparse_step",
+)
+# The layers that have one MLP where others have experts.
+_DENSE = "mlp_only_layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +27,12 @@ class LayerKind:
     Attributes:
         window: How many tokens a token sees, itself and those before it; None for all of them.
         rope: Which of `ModelConfig.ropes` rotates queries and keys; None for none.
+        has_experts: Whether it has a mixture of experts in place of one MLP.
     """
 
     window: int | None = None
     rope: int | None = 0
+    has_experts: bool = False
 
 
 def read_layer_kinds(fields: Fields, family: Family, where: str) -> tuple[LayerKind, ...]:
@@ -69,9 +76,28 @@ def read_layer_kinds(fields: Fields, family: Family, where: str) -> tuple[LayerK
         LayerKind(
             window if kind == SLIDING else None,
             (int(family.has_local_rope and kind == SLIDING)) if rotates else None,
+            has_experts,
         )
-        for kind, rotates in zip(types, has_rope, strict=True)
+        for kind, rotates, has_experts in zip(
+            types, has_rope, _expert_layers(fields, family, where), strict=True
+        )
     )
+
+
+def _expert_layers(fields: Fields, family: Family, where: str) -> list[bool]:
+    num_layers = fields["num_hidden_layers"]
+    dense: Any = fields.get(_DENSE) or ()
+    period = fields.get("decoder_sparse_step") or 1
+    if not isinstance(dense, list | tuple) or any(
+        depth not in range(num_layers) for depth in dense
+    ):
+        raise UserError(
+            f"{where}: field {_DENSE}={dense!r} must be a list of depths from 0 to {num_layers - 1}"
+        )
+    return [
+        family.experts is not None and depth not in dense and (depth + 1) % period == 0
+        for depth in range(num_layers)
+    ]
 
 
 def _check_counts(fields: Fields, where: str) -> None:
@@ -122,6 +148,8 @@ def grown_layer_fields(
         grown[_FIRST_SLIDING] = sum(parent < first for parent in parents) + above
     if _TYPES in family.defaults:
         grown[_TYPES] = [FULL if kinds[p].window is None else SLIDING for p in parents]
+    if _DENSE in family.defaults:
+        grown[_DENSE] = [d for d, parent in enumerate(parents) if not kinds[parent].has_experts]
     if _HAS_ROPE in family.defaults:
         grown[_HAS_ROPE] = [int(kinds[parent].rope is not None) for parent in parents]
     return grown

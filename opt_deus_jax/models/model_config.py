@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.models.expert_config import ExpertConfig, read_experts
 from opt_deus_jax.models.families import FAMILIES, FULL, INERT, SIZES, SLIDING, Family, Fields
 from opt_deus_jax.models.layer_kinds import LayerKind, grown_layer_fields, read_layer_kinds
 from opt_deus_jax.models.rope import RopeConfig, is_number, read_rope
@@ -52,6 +53,8 @@ class ModelConfig:
 
     Attributes:
         family: Its row of `FAMILIES`.
+        mlp_width: Neurons of the MLP of a layer without experts.
+        experts: Those of the layers that have them; None for an architecture without.
         layer_kinds: For each layer from the bottom up.
         ropes: The rotary embeddings that its layers choose from.
         attention_scale: What products of queries and keys are multiplied by.
@@ -68,6 +71,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
+    experts: ExpertConfig | None
     layer_kinds: tuple[LayerKind, ...]
     ropes: tuple[RopeConfig, ...]
     norm: NormConfig
@@ -92,6 +96,10 @@ class ModelConfig:
     def facts(self) -> Family:
         """What the architecture always has."""
         return FAMILIES[self.family]
+
+    def of_layer(self, layer: int) -> "ModelConfig":
+        """The network of this layer alone, whose blocks are all of its kind."""
+        return dataclasses.replace(self, layer_kinds=(self.layer_kinds[layer],))
 
     def kinds_of(self, num_layers: int) -> tuple[LayerKind, ...]:
         """The kinds of the layers of this network at its own depth, or at another if all are alike.
@@ -254,6 +262,7 @@ def read_model_config(hf_config: Mapping[str, Any], where: str = "config.json") 
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_positions=int(fields["max_position_embeddings"]),
+        experts=read_experts(fields, family, where),
         layer_kinds=read_layer_kinds(fields, family, where),
         ropes=_read_ropes(fields, head_dim, where),
         norm=NormConfig(float(fields["rms_norm_eps"]), family.norm_offset, family.norm_in_float32),

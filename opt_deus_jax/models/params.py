@@ -5,10 +5,11 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
+from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import ModelConfig
 
 _LAYER = "model.layers.{layer}."
-_OUTPUTS = ("output_kernel", "output_bias", "down_kernel", "down_bias")
+_OUTPUTS = ("output_kernel", "output_bias", "down_kernel", "down_bias", "experts_down_kernel")
 _OUTPUT_NORMS = ("attention_output_norm", "mlp_output_norm")
 
 
@@ -20,7 +21,8 @@ class ParamSpec:
         shape: Kernels are [out, in], as checkpoints store them.
         logical_axes: A name for each axis, to be mapped to mesh axes.
         hf_name: The tensor's Hugging Face name, with `{layer}` for block parameters; Llama's where
-            an architecture stores several kernels as one.
+            an architecture stores several kernels as one. With a `*`, checkpoints have a tensor
+            for each entry of the first axis, named with its number.
         init: How a fresh one is drawn.
     """
 
@@ -42,7 +44,7 @@ def identity_values(config: ModelConfig) -> dict[str, float]:
     gradient of a norm at zero, 1 / sqrt(epsilon), is no step to begin with.
 
     Args:
-        config: The network.
+        config: A network whose layers all have the same parameters.
 
     Returns:
         The value of each of those parameters, by its name in the Flax module.
@@ -54,15 +56,20 @@ def identity_values(config: ModelConfig) -> dict[str, float]:
     return dict.fromkeys((name for name in specs if name in _OUTPUTS), 0.0)
 
 
-def block_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+def block_specs(config: ModelConfig, kind: LayerKind | None = None) -> dict[str, ParamSpec]:
     """The parameters of one decoder block, by their name in the Flax module.
 
     Args:
         config: The network.
+        kind: That of the layer; None for a network whose layers all have the same parameters.
 
     Returns:
         Specs in the order in which the block uses them, its norms first.
+
+    Raises:
+        ValueError: No kind is given, and some layers have experts, others not.
     """
+    has_experts = _all_have_experts(config) if kind is None else kind.has_experts
     width, mlp, facts = config.width, config.mlp_width, config.facts
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     kernels = (
@@ -79,6 +86,8 @@ def block_specs(config: ModelConfig) -> dict[str, ParamSpec]:
         for name, hf_name in facts.norms.items()
     }
     for name, hf_name, rows, columns, row_axis, column_axis, has_bias in kernels:
+        if has_experts and "mlp" in (row_axis, column_axis):
+            continue
         specs[f"{name}_kernel"] = ParamSpec(
             (rows, columns), (row_axis, column_axis), f"{_LAYER}{hf_name}.weight", "normal"
         )
@@ -92,7 +101,34 @@ def block_specs(config: ModelConfig) -> dict[str, ParamSpec]:
                 size, axis = config.head_dim, "head_dim"
             norm_name = f"{_LAYER}self_attn.{name[0]}_norm.weight"
             specs[f"{name}_norm"] = _norm_spec(config, size, axis, norm_name)
-    return specs
+    return specs | _expert_specs(config) if has_experts else specs
+
+
+def _all_have_experts(config: ModelConfig) -> bool:
+    having = {kind.has_experts for kind in config.layer_kinds}
+    if len(having) != 1:
+        raise ValueError("which parameters a block has depends on its layer: give its kind")
+    return having.pop()
+
+
+def _expert_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    experts, names = config.experts, config.facts.experts
+    assert experts is not None
+    assert names is not None
+    number, inner, width = experts.number, experts.width, config.width
+    rows = ((number, inner, width), ("expert", "expert_mlp", "width"))
+    columns = ((number, width, inner), ("expert", "width", "expert_mlp"))
+
+    def spec(shape: tuple[int, ...], axes: tuple[str, ...], name: str) -> ParamSpec:
+        return ParamSpec(shape, axes, f"{_LAYER}{name}.weight", "normal")
+
+    return {
+        # Every device scores all experts.
+        "router_kernel": spec((number, width), ("all_experts", "width"), names.router),
+        "experts_gate_kernel": spec(*rows, names.gate),
+        "experts_up_kernel": spec(*rows, names.up),
+        "experts_down_kernel": spec(*columns, names.down),
+    }
 
 
 def _norm_spec(config: ModelConfig, size: int, axis: str, hf_name: str) -> ParamSpec:
@@ -130,8 +166,8 @@ def named_tensors(config: ModelConfig, num_layers: int) -> Iterator[tuple[str, P
     """
     outer = outer_specs(config)
     yield outer["embedding"].hf_name, outer["embedding"]
-    for layer in range(num_layers):
-        for spec in block_specs(config).values():
+    for layer, kind in enumerate(config.kinds_of(num_layers)):
+        for spec in block_specs(config, kind).values():
             yield spec.hf_name.format(layer=layer), spec
     for name, spec in outer.items():
         if name != "embedding":
@@ -158,9 +194,9 @@ def fused_names(config: ModelConfig, num_layers: int | None = None) -> dict[str,
     }
 
 
-def block_size(config: ModelConfig) -> int:
-    """Number of parameters of one block."""
-    return sum(spec.size for spec in block_specs(config).values())
+def block_size(config: ModelConfig, kind: LayerKind) -> int:
+    """Number of parameters of a block of a kind."""
+    return sum(spec.size for spec in block_specs(config, kind).values())
 
 
 def outer_size(config: ModelConfig) -> int:

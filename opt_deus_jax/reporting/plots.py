@@ -58,9 +58,10 @@ def plot_diagnostics(
         reports: Reports by depth.
     """
     first_depth = next(iter(reports))
-    names = [report.name for report in reports[first_depth]]
+    # Layers with experts and others have different ones.
+    names = list(dict.fromkeys(report.name for each in reports.values() for report in each))
     order = {report.name: report.match_order for report in reports[first_depth]}
-    shown = [name for name in ("query", "gate", "up") if name in maps]
+    shown = ("query", "output", "router") if "router" in maps else ("query", "gate", "up")
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(11, 7.2), dpi=120, layout="constrained")
         axes = figure.subplots(2, 3)
@@ -74,10 +75,12 @@ def plot_diagnostics(
             ("norm_ratio_next", "norm of fused / norm of B", "below 1: fusion shrinks kernels"),
         )
         for axis, (field, label, title) in zip(axes[1], panels, strict=True):
-            values = [[getattr(r, field) for r in reports[depth]] for depth in reports]
-            mean = np.mean(values, axis=0)
-            axis.bar(names, mean, color=COLOURS[0], alpha=0.8)
-            for i, column in enumerate(np.asarray(values).T):
+            columns = [
+                [getattr(r, field) for each in reports.values() for r in each if r.name == name]
+                for name in names
+            ]
+            axis.bar(names, [np.mean(column) for column in columns], color=COLOURS[0], alpha=0.8)
+            for i, column in enumerate(columns):
                 axis.plot([i] * len(column), column, ".", color=COLOURS[1], markersize=4)
             axis.set_ylabel(label)
             axis.set_title(title)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 def _kind(kind: LayerKind) -> str:
     attention = "full" if kind.window is None else f"window {kind.window}"
-    return attention if kind.rope is not None else f"{attention}, not rotated"
+    attention = attention if kind.rope is not None else f"{attention}, not rotated"
+    return f"{attention}, experts" if kind.has_experts else attention
 
 
 def layer_table(
@@ -53,6 +54,11 @@ def costs_table(costs: Costs, title: str) -> Table:
     table.columns[1].justify = "right"
     rows = (
         ("parameters", f"{costs.parameters:,}"),
+        *(
+            [("parameters that a token meets", f"{costs.active_parameters:,}")]
+            if costs.active_parameters != costs.parameters
+            else []
+        ),
         ("parameters trained", f"{costs.trained_parameters:,}"),
         ("FLOPs a token, forward", f"{costs.forward_flops:,}"),
         ("FLOPs a token, backward", f"{costs.backward_flops:,}"),

@@ -14,7 +14,7 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import ParamSpec, block_specs, outer_specs
-from opt_deus_jax.training.segments import Segment, partition
+from opt_deus_jax.training.segments import Segment, partition, pattern_specs
 
 
 class Placement(NamedTuple):
@@ -49,11 +49,13 @@ def param_shardings(config: ModelConfig, segments: Sequence[Segment], mesh: Mesh
     tree: dict[str, Any] = {
         name: named_sharding(mesh, *spec.logical_axes) for name, spec in outer_specs(config).items()
     }
-    stacked = {
-        name: named_sharding(mesh, "layers", *spec.logical_axes)
-        for name, spec in block_specs(config).items()
-    }
-    tree["segments"] = [[stacked for _ in segment.pattern] for segment in segments]
+    tree["segments"] = [
+        [
+            {name: named_sharding(mesh, "layers", *s.logical_axes) for name, s in specs.items()}
+            for specs in pattern
+        ]
+        for pattern in pattern_specs(config, segments)
+    ]
     return tree
 
 
@@ -78,11 +80,11 @@ def abstract_params(
         [
             {
                 name: jax.ShapeDtypeStruct((segment.repeats, *spec.shape), dtype)
-                for name, spec in block_specs(config).items()
+                for name, spec in specs.items()
             }
-            for _ in segment.pattern
+            for specs in pattern
         ]
-        for segment in segments
+        for segment, pattern in zip(segments, pattern_specs(config, segments), strict=True)
     ]
     return jax.tree.map(
         lambda leaf, sharding: leaf.update(sharding=sharding),
@@ -179,7 +181,9 @@ def check_fits(config: ModelConfig, training: TrainingConfig, mesh: Mesh) -> Non
     Raises:
         UserError: An axis of the mesh does not divide what it cuts.
     """
-    specs: tuple[ParamSpec, ...] = (*outer_specs(config).values(), *block_specs(config).values())
+    specs: list[ParamSpec] = [*outer_specs(config).values()]
+    for kind in set(config.layer_kinds):
+        specs += block_specs(config, kind).values()
     sizes = {
         axis: size
         for spec in specs

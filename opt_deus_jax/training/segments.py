@@ -16,7 +16,7 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.models.params import block_specs, outer_specs
+from opt_deus_jax.models.params import ParamSpec, block_specs, outer_specs
 
 BlockNames = frozenset[str]
 
@@ -39,7 +39,7 @@ def select_trained(config: ModelConfig, is_new: Sequence[bool], trained: str) ->
     """Finds the parameters that `upscale.trained` means.
 
     Args:
-        config: The network; its own depth is not used.
+        config: The network; its own depth is not used where all layers are of one kind.
         is_new: For each depth, whether its layer is new.
         trained: `new` for all parameters of the new layers, `all` for everything, or a regular
             expression: parameters are trained where it finds something in their Hugging Face name.
@@ -50,9 +50,10 @@ def select_trained(config: ModelConfig, is_new: Sequence[bool], trained: str) ->
     Raises:
         UserError: The expression is invalid, or nothing is selected.
     """
-    outer, block = outer_specs(config), block_specs(config)
+    outer = outer_specs(config)
+    blocks = [block_specs(config, kind) for kind in config.kinds_of(len(is_new))]
     if trained == "all":
-        return TrainedNames(frozenset(outer), (frozenset(block),) * len(is_new))
+        return TrainedNames(frozenset(outer), tuple(map(frozenset, blocks)))
     if trained == "new":
         if not any(is_new):
             raise UserError(
@@ -60,7 +61,11 @@ def select_trained(config: ModelConfig, is_new: Sequence[bool], trained: str) ->
                 "--config.upscale.trained=all"
             )
         return TrainedNames(
-            frozenset(), tuple(frozenset(block) if new else frozenset() for new in is_new)
+            frozenset(),
+            tuple(
+                frozenset(block) if new else frozenset()
+                for block, new in zip(blocks, is_new, strict=True)
+            ),
         )
     try:
         expression = re.compile(trained)
@@ -77,11 +82,11 @@ def select_trained(config: ModelConfig, is_new: Sequence[bool], trained: str) ->
                 for name, spec in block.items()
                 if expression.search(spec.hf_name.format(layer=depth))
             )
-            for depth in range(len(is_new))
+            for depth, block in enumerate(blocks)
         ),
     )
     if not names.outer and not any(names.blocks):
-        example = block["query_kernel"].hf_name.format(layer=len(is_new) - 1)
+        example = blocks[-1]["query_kernel"].hf_name.format(layer=len(is_new) - 1)
         raise UserError(
             f"config field upscale.trained={trained!r}: found in no tensor's name; names look like "
             f"{example}"
@@ -182,6 +187,25 @@ def plan_segments(
     return tuple(segments)
 
 
+def pattern_specs(
+    config: ModelConfig, segments: Sequence[Segment]
+) -> list[list[dict[str, ParamSpec]]]:
+    """The parameters of the blocks of every pattern.
+
+    Args:
+        config: The network; its own depth is not used where all layers are of one kind.
+        segments: From `plan_segments`.
+
+    Returns:
+        For each segment, the specs for each place in its pattern.
+    """
+    kinds = config.kinds_of(sum(s.repeats * len(s.pattern) for s in segments))
+    return [
+        [block_specs(config, kinds[depth_of(s, 0, place)]) for place in range(len(s.pattern))]
+        for s in segments
+    ]
+
+
 def trained_mask(
     config: ModelConfig, segments: Sequence[Segment], outer: frozenset[str]
 ) -> dict[str, Any]:
@@ -198,16 +222,16 @@ def trained_mask(
     Raises:
         ValueError: A name is none of the network's.
     """
-    outer_names, block_names = outer_specs(config), block_specs(config)
-    labels = [names for segment in segments for names in segment.pattern]
-    unknown = frozenset().union(*labels) - block_names.keys() | outer - outer_names.keys()
+    outer_names = outer_specs(config)
+    unknown = outer - outer_names.keys()
+    mask: dict[str, Any] = {name: name in outer for name in outer_names}
+    mask["segments"] = []
+    for segment, specs in zip(segments, pattern_specs(config, segments), strict=True):
+        pairs = list(zip(segment.pattern, specs, strict=True))
+        unknown = unknown.union(*(names - block.keys() for names, block in pairs))
+        mask["segments"].append([{name: name in names for name in block} for names, block in pairs])
     if unknown:
         raise ValueError(f"trained parameters {sorted(unknown)} are none of the network's")
-    mask: dict[str, Any] = {name: name in outer for name in outer_names}
-    mask["segments"] = [
-        [{name: name in names for name in block_names} for names in segment.pattern]
-        for segment in segments
-    ]
     return mask
 
 

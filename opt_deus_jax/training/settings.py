@@ -92,6 +92,10 @@ def settings_of(
     }
     settings = {f"{part}.{name}": v for part, values in parts.items() for name, v in values.items()}
     settings["data.seed"] = experiment.data.seed
+    if model.experts and model.experts.balance:
+        # A loss of what is computed at once: here the parts of a batch are more than rounding.
+        training = experiment.training
+        settings["rows of a balance"] = training.batch_size // training.accumulation_steps
     settings["trained layers"] = "".join("T" if names else "F" for names in trained.blocks)
     settings["trained parameters"] = " ".join(sorted(trained.outer.union(*trained.blocks)))
     return json.loads(json.dumps(settings))

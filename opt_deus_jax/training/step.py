@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float
 
 from opt_deus_jax.config import TrainingConfig
 from opt_deus_jax.distributed.sharding import constrain
-from opt_deus_jax.models.language_model import Params, head_kernel, hidden_states
+from opt_deus_jax.models.language_model import Params, head_kernel, hidden_states_and_load
 from opt_deus_jax.models.loss import weighted_cross_entropy
 from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.models.moe import balance_loss
 from opt_deus_jax.training.metrics import layer_norms
 from opt_deus_jax.training.placement import Placement
 from opt_deus_jax.training.segments import merge
@@ -84,6 +85,7 @@ def loss_fn(
     *,
     config: ModelConfig,
     training: TrainingConfig,
+    balance: float = 0.0,
 ) -> Float[Array, ""]:
     """Weighted sum of the cross-entropies of predicting each token from those before it.
 
@@ -94,6 +96,7 @@ def loss_fn(
         weights_BT: Weight of each of the T predictions, float32.
         config: The network.
         training: Its compute dtype, attention, remat and chunk of the loss are used.
+        balance: What `balance_loss` of the experts weighs beside it, if they have any.
 
     Returns:
         A float32 scalar, in nats times the unit of the weights.
@@ -102,7 +105,7 @@ def loss_fn(
     dtype = jnp.dtype(training.compute_dtype)
     kernel_dtype = jnp.dtype(training.kernel_dtype or dtype)
     tokens_BL, example_BL = batch["tokens"], batch.get("example")
-    hidden_BTD = hidden_states(
+    hidden_BTD, load = hidden_states_and_load(
         params,
         tokens_BL[:, :-1],
         None if example_BL is None else example_BL[:, :-1],
@@ -111,8 +114,9 @@ def loss_fn(
         attention=training.attention,
         remat=training.remat,
         kernel_dtype=kernel_dtype,
+        wants_load=balance > 0,
     )
-    return weighted_cross_entropy(
+    loss: Any = weighted_cross_entropy(
         hidden_BTD,
         head_kernel(params, kernel_dtype),
         tokens_BL[:, 1:],
@@ -120,6 +124,9 @@ def loss_fn(
         training.loss_chunk_tokens,
         config.logits,
     )
+    if load is None or config.experts is None:
+        return loss
+    return loss + balance * balance_loss(load, config.experts)
 
 
 def mean_loss_and_gradients(
@@ -143,20 +150,24 @@ def mean_loss_and_gradients(
 
     Returns:
         (mean cross-entropy in nats of the predictions that count, gradients like `trainable`).
+        Where config.json asks for it, the loss has the balance of the experts in it, each part's
+        weighted alike, as in transformers.
     """
     weights_BT = prediction_weights(batch)
     # Each prediction weighs the same in the whole batch: the parts then only need to be added.
     weights_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1)
 
+    parts = training.accumulation_steps
+    balance = config.experts.balance / parts if config.experts else 0.0
+
     def part(arrays: tuple[Batch, Array]) -> tuple[Array, Params]:
         loss, gradients = jax.value_and_grad(loss_fn)(
-            trainable, frozen, *arrays, config=config, training=training
+            trainable, frozen, *arrays, config=config, training=training, balance=balance
         )
         if shardings is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, shardings)
         return loss, gradients
 
-    parts = training.accumulation_steps
     if parts == 1:
         return part((batch, weights_BT))
 
@@ -191,9 +202,9 @@ def make_train_step(
 
     Returns:
         `train_step(state, frozen, batch) -> (state, metrics)`, to be called under `jax.set_mesh`.
-        It consumes the state. Metrics are the float32 scalars loss (nats a predicted token),
-        grad_norm (before clipping) and learning_rate, and by trained layer layer_grad_norm and
-        layer_parameter_norm (before the update).
+        It consumes the state. Metrics are the float32 scalars loss (nats a predicted token, and
+        the balance of experts where it is trained), grad_norm (before clipping) and learning_rate,
+        and by trained layer layer_grad_norm and layer_parameter_norm (before the update).
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:

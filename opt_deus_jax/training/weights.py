@@ -12,8 +12,8 @@ from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.models.params import block_specs, named_tensors, outer_specs
-from opt_deus_jax.training.segments import Segment, depth_of
+from opt_deus_jax.models.params import named_tensors, outer_specs
+from opt_deus_jax.training.segments import Segment, depth_of, pattern_specs
 
 
 def hf_names(config: ModelConfig, segments: Sequence[Segment]) -> dict[str, Any]:
@@ -35,11 +35,11 @@ def hf_names(config: ModelConfig, segments: Sequence[Segment]) -> dict[str, Any]
                     spec.hf_name.format(layer=depth_of(segment, repeat, place))
                     for repeat in range(segment.repeats)
                 ]
-                for name, spec in block_specs(config).items()
+                for name, spec in specs.items()
             }
-            for place in range(len(segment.pattern))
+            for place, specs in enumerate(pattern)
         ]
-        for segment in segments
+        for segment, pattern in zip(segments, pattern_specs(config, segments), strict=True)
     ]
     return names
 

@@ -89,10 +89,10 @@ def shares_of_previous(
 
 
 def restore_rows(
-    fused: Float[np.ndarray, "n d"], next_: Float[np.ndarray, "n d"]
-) -> Float[np.ndarray, "n d"]:
+    fused: Float[np.ndarray, "*e n d"], next_: Float[np.ndarray, "*e n d"]
+) -> Float[np.ndarray, "*e n d"]:
     """Scales each row to the norm of B's; a row of zeros stays one."""
-    norm, wanted = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (fused, next_))
+    norm, wanted = (np.linalg.norm(rows, axis=-1, keepdims=True) for rows in (fused, next_))
     return fused * (wanted / np.where(norm > 0, norm, 1))
 
 

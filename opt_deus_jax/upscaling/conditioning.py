@@ -9,6 +9,7 @@ import numpy as np
 
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.upscaling.blending import restore_rows
+from opt_deus_jax.upscaling.experts import EXPERT_PARAMETERS
 from opt_deus_jax.upscaling.features import (
     check_parameters,
     fold_features,
@@ -17,11 +18,11 @@ from opt_deus_jax.upscaling.features import (
 )
 from opt_deus_jax.upscaling.new_block import Block
 
-_BRANCHES = (("value", "output"), ("up", "down"))
+_BRANCHES = (("value", "output"), ("up", "down"), ("experts_up", "experts_down"))
 
 
 def scale_branches(block: Block, scale: float) -> dict[str, np.ndarray]:
-    """Multiplies value and up, and divides output and down by the same.
+    """Multiplies value and up, also of every expert, and divides output and down by the same.
 
     A step of output or down, zero at first, then changes the residual stream `scale` times as much:
     a step size of their own, without an optimizer that knows of it.
@@ -36,13 +37,14 @@ def scale_branches(block: Block, scale: float) -> dict[str, np.ndarray]:
     Raises:
         UserError: The block has parameters that are not known here.
     """
-    check_parameters(block, f"config field upscale.branch_scale={scale}")
+    check_parameters(block, f"config field upscale.branch_scale={scale}", EXPERT_PARAMETERS)
     scaled = dict(block)
     for reader, writer in _BRANCHES:
         for name in (f"{reader}_kernel", f"{reader}_bias"):
             if name in block:
                 scaled[name] = block[name] * np.float32(scale)
-        scaled[f"{writer}_kernel"] = block[f"{writer}_kernel"] / np.float32(scale)
+        if f"{writer}_kernel" in block:
+            scaled[f"{writer}_kernel"] = block[f"{writer}_kernel"] / np.float32(scale)
     return scaled
 
 

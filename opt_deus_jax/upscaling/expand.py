@@ -30,6 +30,7 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, grown_hf_config, read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
 from opt_deus_jax.transport.diagnostics import MatrixReport
+from opt_deus_jax.upscaling.experts import check_parents
 from opt_deus_jax.upscaling.fusion import fuse_blocks, transport_epsilon
 from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
 from opt_deus_jax.upscaling.layout import LayerOrigin
@@ -80,7 +81,7 @@ def _finite_float32(source: CheckpointSource, name: str) -> np.ndarray:
 def _read_block(source: CheckpointSource, config: ModelConfig, layer: int) -> dict[str, np.ndarray]:
     return {
         name: _finite_float32(source, spec.hf_name.format(layer=layer))
-        for name, spec in block_specs(config).items()
+        for name, spec in block_specs(config, config.layer_kinds[layer]).items()
     }
 
 
@@ -92,7 +93,7 @@ def _planned_tensors(source: CheckpointSource, plan: _Plan) -> dict[str, tuple[T
     for origin, like in zip(plan.layers, plan.parents, strict=True):
         names += [
             (spec.hf_name.format(layer=origin.depth), spec.hf_name.format(layer=like))
-            for spec in block_specs(plan.config).values()
+            for spec in block_specs(plan.config, plan.config.layer_kinds[like]).values()
         ]
     names += [(spec.hf_name, spec.hf_name) for key, spec in outer.items() if key != "embedding"]
     for name, like in names:
@@ -118,7 +119,7 @@ def _fuse_layer(
     return fuse_blocks(
         previous,
         next_,
-        config=plan.config,
+        config=plan.config.of_layer(plan.parents[origin.depth]),
         weights=plan.method.weights,
         zero_init=plan.method.zero_init,
         transport=plan.upscale.transport,
@@ -156,7 +157,7 @@ class _Reader:
         self.sample_maps: Mapping[str, TransportMap] = {}
         self.base_hashes: dict[str, str] = {}
         self.lesa: Lesa | None = None
-        specs = block_specs(plan.config)
+        specs = block_specs(plan.config, plan.config.layer_kinds[0])
         first = next(iter(specs.values())).hf_name
         self.layer_at = {first.format(layer=origin.depth): origin for origin in plan.layers}
 
@@ -192,7 +193,8 @@ class _Reader:
         self.reports[origin.depth] = fused.reports
         if not self.sample_maps:
             self.sample_maps = fused.maps
-        for key, spec in block_specs(self.plan.config).items():
+        kind = self.plan.config.layer_kinds[self.plan.parents[origin.depth]]
+        for key, spec in block_specs(self.plan.config, kind).items():
             hf_name = spec.hf_name.format(layer=origin.depth)
             array = fused.block[key]
             cast = array.astype(self.planned[hf_name][0].dtype)
@@ -293,9 +295,11 @@ def expand_checkpoint(
     method = resolve_method(upscale)
     base = manifest_of(source) if upscale.method == "base" else None
     layers = plan_layers(upscale, config.num_layers, base)
+    check_parents(config, method.weights, layers)
     plan = _Plan(config, upscale, method, layers, layer_parents(method, layers))
     if method.weights == "predicted":
-        check_predictable(block_specs(config), config.num_layers)
+        for kind in dict.fromkeys(config.layer_kinds):
+            check_predictable(block_specs(config, kind), config.num_layers)
     reader = _Reader(source, plan, on_layer)
     planned = {name: info for name, (info, _) in reader.planned.items()}
     tensors, read = fuse(planned, reader.read, config, len(layers))

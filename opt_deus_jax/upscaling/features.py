@@ -19,7 +19,7 @@ HEAD_MATRICES = ("query", "key", "value", "output")
 NEURON_MATRICES = ("gate", "up", "down")
 _NORM_OF = {
     **dict.fromkeys(("query", "key", "value"), "input_norm"),
-    **dict.fromkeys(("gate", "up"), "post_attention_norm"),
+    **dict.fromkeys(("gate", "up", "router"), "post_attention_norm"),
 }
 NORMS = ("input_norm", "post_attention_norm")
 _OUTPUTS = ("output", "down")
@@ -57,7 +57,8 @@ def check_parameters(block: Block, field: str, also: tuple[str, ...] = ()) -> No
     Raises:
         UserError: It has a parameter that a change of its features might not leave alone.
     """
-    known = {f"{name}_{kind}" for name in (*_NORM_OF, *_OUTPUTS) for kind in ("kernel", "bias")}
+    matrices = HEAD_MATRICES + NEURON_MATRICES
+    known = {f"{name}_{kind}" for name in matrices for kind in ("kernel", "bias")}
     unknown = sorted(block.keys() - known - {*NORMS, *also})
     if unknown:
         raise UserError(
@@ -86,7 +87,7 @@ def fold_features(block: Block, names: tuple[str, ...]) -> dict[str, np.ndarray]
 
     Args:
         block: float32 arrays by parameter name, norms as they are applied.
-        names: Of `HEAD_MATRICES` and `NEURON_MATRICES`.
+        names: Of `HEAD_MATRICES` and `NEURON_MATRICES`, or the router.
 
     Returns:
         By name, [features, width], or one column more where there is a bias.

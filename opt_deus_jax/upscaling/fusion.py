@@ -21,6 +21,7 @@ from opt_deus_jax.transport.sinkhorn import (
 )
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
+from opt_deus_jax.upscaling.experts import fuse_experts
 from opt_deus_jax.upscaling.features import shift_norms
 from opt_deus_jax.upscaling.lesa import Lesa, predict_block
 from opt_deus_jax.upscaling.new_block import Block, Fused
@@ -106,13 +107,15 @@ def _transport(
     transport: str,
     epsilon: float | None,
     fusion: str,
-    norm_offset: float,
+    config: ModelConfig,
     needs_down: bool,
 ) -> Fused:
     """OpT-DeUS, in the order of its authors' code (Cao et al. 2025; DESIGN, section 2).
 
     Norms that Llama does not have are averaged; those of whole projections follow their rows.
+    Experts are matched first, then fused in pairs like MLPs.
     """
+    norm_offset = config.norm.offset
     a, b = (
         {name: jnp.asarray(value) for name, value in shift_norms(block, norm_offset).items()}
         for block in (previous, next_)
@@ -121,8 +124,7 @@ def _transport(
     reports: list[MatrixReport] = []
     maps: dict[str, Array] = {}
 
-    def fuse(name: str, kernel_a: Array) -> None:
-        kernel_b = b[f"{name}_kernel"]
+    def fuse_pair(name: str, kernel_a: Array, kernel_b: Array) -> tuple[Array, Array, MatrixReport]:
         aligned = align(
             kernel_a,
             kernel_b,
@@ -132,13 +134,21 @@ def _transport(
         fused_kernel = aligned.fused_ND
         if fusion == "rescaled":
             fused_kernel = jnp.asarray(restore_rows(*map(np.asarray, (fused_kernel, kernel_b))))
-        maps[name] = aligned.map_MN
-        fused[f"{name}_kernel"] = fused_kernel
-        reports.append(report(name, aligned.coupling, fused_kernel, kernel_a, kernel_b))
+        line = report(name, aligned.coupling, fused_kernel, kernel_a, kernel_b)
+        return fused_kernel, aligned.map_MN, line
+
+    def fuse(name: str, kernel_a: Array) -> None:
+        fused[f"{name}_kernel"], maps[name], line = fuse_pair(name, kernel_a, b[f"{name}_kernel"])
+        reports.append(line)
         for row_name in (f"{name}_bias", f"{name}_norm"):
             if row_name in a and a[row_name].size == kernel_a.shape[0]:
                 columns = (a[row_name][:, None], b[row_name][:, None])
-                fused[row_name] = _average(aligned.map_MN, *columns)[:, 0]
+                fused[row_name] = _average(maps[name], *columns)[:, 0]
+
+    def fuse_expert(name: str, kernel_a: Array, kernel_b: Array) -> tuple[Array, MatrixReport]:
+        moved = kernel_a if name == "down" else _move_columns(kernel_a, output_map)
+        kernel, _, line = fuse_pair(name, moved, kernel_b)
+        return kernel, line
 
     for name in ("query", "key", "value", "output"):
         fuse(name, a[f"{name}_kernel"])
@@ -147,10 +157,17 @@ def _transport(
         moved_norm = _move_columns(a["post_attention_norm"][None], output_map)[0]
         norm_a = (moved_norm + a["post_attention_norm"]) / 2
         fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
-    for name in ("gate", "up"):
-        fuse(name, _move_columns(a[f"{name}_kernel"], output_map))
-    if needs_down:
-        fuse("down", a["down_kernel"])
+    if "router_kernel" in a:
+        matrices = ("gate", "up", "down") if needs_down else ("gate", "up")
+        kernels, lines, map_EE = fuse_experts(a, b, config, matrices, fusion, fuse_expert)
+        fused |= kernels
+        maps["router"] = jnp.asarray(map_EE)
+        reports += lines
+    else:
+        for name in ("gate", "up"):
+            fuse(name, _move_columns(a[f"{name}_kernel"], output_map))
+        if needs_down:
+            fuse("down", a["down_kernel"])
     block = {name: np.asarray(value) for name, value in fused.items()}
     return Fused(
         shift_norms(block, -norm_offset),
@@ -281,9 +298,11 @@ def _make(
             transport=transport,
             epsilon=epsilon,
             fusion=fusion,
-            norm_offset=config.norm.offset,
+            config=config,
             # Where it is zeroed its plan, on the widest matrix, would be thrown away.
-            needs_down=not (zero_init and "down_kernel" in identity_values(config)),
+            needs_down=not (
+                zero_init and any(name.endswith("down_kernel") for name in identity_values(config))
+            ),
         )
     if weights == "average":
         block = _averaged(previous, next_, fusion)

@@ -27,7 +27,8 @@ class IdentityReport:
     """How far a grown model is from its base on some tokens.
 
     Attributes:
-        bit_identical: Whether all logits are the same float32 numbers, bit for bit.
+        bit_identical: Whether all logits are the same float32 numbers, bit for bit; also where
+            every token is sent to all experts.
         tokens: How many tokens were compared.
         max_difference: Largest absolute difference of a logit.
         mean_divergence: Mean Kullback-Leibler divergence of the grown model's next-token
@@ -57,7 +58,9 @@ def _logits(config: ModelConfig, x_BTD: Array, scale_D: Array, head_VD: Array) -
     return project_to_vocabulary(hidden_BTD, head_VD, config.logits)
 
 
-def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"]) -> np.ndarray:
+def streamed_logits(
+    source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"], *, to_all_experts: bool = False
+) -> np.ndarray:
     """Logits of a checkpoint with one block in memory at a time.
 
     One block of each kind is compiled and applied layer by layer, so two checkpoints of the same
@@ -66,6 +69,8 @@ def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"])
     Args:
         source: The checkpoint.
         tokens_BT: Token ids.
+        to_all_experts: Whether every token is sent to all experts, if there are any, instead of as
+            many as the config says.
 
     Returns:
         float32 [b, t, v].
@@ -73,6 +78,9 @@ def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"])
     config = read_model_config(source.hf_config, source.name)
     # Depth is not part of the block's computation; leaving it in would compile a block per depth.
     kinds, config = config.layer_kinds, dataclasses.replace(config, layer_kinds=())
+    if to_all_experts and config.experts is not None:
+        experts = dataclasses.replace(config.experts, per_token=config.experts.number)
+        config = dataclasses.replace(config, experts=experts)
     outer = outer_specs(config)
 
     def load(hf_name: str) -> Array:
@@ -89,7 +97,7 @@ def streamed_logits(source: CheckpointSource, tokens_BT: Int[np.ndarray, "b t"])
     for layer, kind in enumerate(kinds):
         block = {
             name: load(spec.hf_name.format(layer=layer))
-            for name, spec in block_specs(config).items()
+            for name, spec in block_specs(config, kind).items()
         }
         x_BTD = _step(config, kind, block, x_BTD, inputs)
     head_VD = load(outer["head"].hf_name) if "head" in outer else embedding_VD  # pyright: ignore
@@ -121,8 +129,13 @@ def compare_to_base(
     log_base = np.asarray(jax.nn.log_softmax(jnp.asarray(base_BTV)), np.float64)
     log_grown = np.asarray(jax.nn.log_softmax(jnp.asarray(grown_BTV)), np.float64)
     divergence = np.sum(np.exp(log_base) * (log_base - log_grown), axis=-1).mean()
+    is_identical = base_BTV.tobytes() == grown_BTV.tobytes()
+    if is_identical and read_model_config(base.hf_config, base.name).experts is not None:
+        # The probe may leave out experts that other text is sent to.
+        of_all = (streamed_logits(s, tokens_BT, to_all_experts=True) for s in (base, grown))
+        is_identical = next(of_all).tobytes() == next(of_all).tobytes()
     return IdentityReport(
-        bit_identical=base_BTV.tobytes() == grown_BTV.tobytes(),
+        bit_identical=is_identical,
         tokens=int(tokens_BT.size),
         max_difference=float(np.abs(base_BTV - grown_BTV).max()),
         mean_divergence=float(divergence),

@@ -9,6 +9,7 @@ Names carry shapes: M neurons, D columns.
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from scipy import sparse
 
 from opt_deus_jax.transport.assignment import assign_by_gain
@@ -30,11 +31,11 @@ def match_neurons(a: Features, b: Features, epsilon: float | None = None) -> Uni
     Returns:
         The match.
     """
-    gain_MM = _overlap(a["up"], b["up"])
-    gain_MM += _overlap(a["down"], b["down"])
+    gain_MM = overlap(a["up"], b["up"])
+    gain_MM += overlap(a["down"], b["down"])
     negative_MM = gain_MM < 0
     np.abs(gain_MM, out=gain_MM)
-    gain_MM += _overlap(a["gate"], b["gate"])
+    gain_MM += overlap(a["gate"], b["gate"])
     if epsilon is not None:
         return _soft_match(_square_distances(gain_MM, a, b), negative_MM, epsilon)
     source_M = assign_by_gain(gain_MM)
@@ -52,8 +53,18 @@ def match_neurons(a: Features, b: Features, epsilon: float | None = None) -> Uni
 
 
 # Tables of all pairs are made in place: with the neurons of an 8B model one takes 0.8 GB.
-def _overlap(rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
-    """Inner products of all rows, both matrices scaled to norm 1; zeros stay zeros."""
+def overlap(
+    rows_a: Float[np.ndarray, "m d"], rows_b: Float[np.ndarray, "n d"]
+) -> Float[np.ndarray, "m n"]:
+    """Inner products of all rows, both matrices scaled to norm 1; zeros stay zeros.
+
+    Args:
+        rows_a: Features of A.
+        rows_b: Features of B.
+
+    Returns:
+        A row for each of A's, a column for each of B's.
+    """
     table_MM = rows_a @ rows_b.T
     table_MM *= np.float32(1 / (float(np.linalg.norm(rows_a) * np.linalg.norm(rows_b)) or 1))
     return table_MM

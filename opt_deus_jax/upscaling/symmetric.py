@@ -5,6 +5,7 @@ residual stream, whose basis adjacent layers share.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,14 @@ from scipy import sparse
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.transport.diagnostics import MatrixReport, report, report_map
 from opt_deus_jax.upscaling.blending import blend_rows, shares_of_previous
+from opt_deus_jax.upscaling.experts import (
+    EXPERT_PARAMETERS,
+    expert_block,
+    match_experts,
+    merge_reports,
+    report_match,
+    stack_expert_blocks,
+)
 from opt_deus_jax.upscaling.features import (
     HEAD_MATRICES,
     NEURON_MATRICES,
@@ -33,11 +42,12 @@ from opt_deus_jax.upscaling.new_block import Block, Fused, TransportMap
 _QUERY_KEY_NORMS = ("query_norm", "key_norm")
 _OTHERS_OF_HEADS = (*_QUERY_KEY_NORMS, "output_bias", "attention_output_norm")
 _OTHERS_OF_NEURONS = ("down_bias", "mlp_output_norm")
+_ROUTER = "router_kernel"
 _FIELD = "config field upscale.transport='symmetric'"
 
 
 class _Side(NamedTuple):
-    """Attention or the MLP: what its units are and how they are matched."""
+    """Attention, the MLP or one of several: what its units are and how they are matched."""
 
     units_name: str
     units: int
@@ -46,7 +56,20 @@ class _Side(NamedTuple):
     match: Callable[[Features, Features], UnitMatch]
 
 
-def _sides(config: ModelConfig, epsilon: float | None) -> tuple[_Side, _Side]:
+class _FusedSide(NamedTuple):
+    parameters: dict[str, np.ndarray]
+    reports: list[MatrixReport]
+    maps: dict[str, TransportMap]
+    share_U: np.ndarray
+
+
+def _sides(block: Block, config: ModelConfig, epsilon: float | None) -> tuple[_Side, _Side]:
+    """Heads, and the neurons of an MLP, for blocks with the parameters of this one."""
+    others, width = _OTHERS_OF_NEURONS, config.mlp_width
+    if config.experts is not None and _ROUTER in block:
+        others, width = EXPERT_PARAMETERS, config.experts.width
+    check_parameters(block, _FIELD, _OTHERS_OF_HEADS + others)
+
     def heads(a: Features, b: Features) -> UnitMatch:
         return match_heads(a, b, config)
 
@@ -55,7 +78,7 @@ def _sides(config: ModelConfig, epsilon: float | None) -> tuple[_Side, _Side]:
 
     return (
         _Side("heads", config.num_kv_heads, HEAD_MATRICES, _OTHERS_OF_HEADS, heads),
-        _Side("neurons", config.mlp_width, NEURON_MATRICES, _OTHERS_OF_NEURONS, neurons),
+        _Side("neurons", width, NEURON_MATRICES, _OTHERS_OF_NEURONS, neurons),
     )
 
 
@@ -73,17 +96,33 @@ def align_block(previous: Block, next_: Block, config: ModelConfig) -> dict[str,
     Raises:
         UserError: The block has parameters whose symmetries are not known here.
     """
-    check_parameters(previous, _FIELD, _OTHERS_OF_HEADS + _OTHERS_OF_NEURONS)
+    heads, neurons = _sides(previous, config, None)
     offset = config.norm.offset
     previous, next_ = shift_norms(previous, offset), shift_norms(next_, offset)
-    aligned = dict(previous)
-    for side in _sides(config, None):
-        a, b = (fold_features(block, side.matrices) for block in (previous, next_))
-        match = side.match(a, b)
-        moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
-        aligned |= unfold_features(moved, previous, previous)
-        aligned |= {name: _moved(name, previous, match) for name in side.others if name in previous}
+    aligned = previous | _align_side(heads, previous, next_)
+    if _ROUTER not in previous:
+        return shift_norms(aligned | _align_side(neurons, previous, next_), -offset)
+    source_E = match_experts(previous, next_, config).source_E
+    pairs = zip(*_paired_experts(previous, next_, source_E), strict=True)
+    aligned |= stack_expert_blocks([_align_side(neurons, a, b) for a, b in pairs])
+    aligned[_ROUTER] = previous[_ROUTER][source_E]
     return shift_norms(aligned, -offset)
+
+
+def _paired_experts(
+    previous: Block, next_: Block, source_E: np.ndarray
+) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+    of_a = [expert_block(previous, source) for source in source_E.tolist()]
+    return of_a, [expert_block(next_, target) for target in range(len(of_a))]
+
+
+def _align_side(side: _Side, previous: Block, next_: Block) -> dict[str, np.ndarray]:
+    a, b = (fold_features(block, side.matrices) for block in (previous, next_))
+    match = side.match(a, b)
+    moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
+    aligned = unfold_features(moved, previous, previous)
+    others = (name for name in side.others if name in previous)
+    return aligned | {name: _moved(name, previous, match) for name in others}
 
 
 def _moved(name: str, previous: Block, match: UnitMatch) -> np.ndarray:
@@ -114,6 +153,8 @@ def fuse_symmetric(
 ) -> Fused:
     """Aligns A to B by symmetries of the network and fuses the two, feature by feature.
 
+    Experts are matched as wholes first, then neurons within each pair.
+
     Args:
         previous: Parent A, float32 arrays by the names of `block_specs`.
         next_: Parent B, likewise.
@@ -128,30 +169,62 @@ def fuse_symmetric(
     Raises:
         UserError: The block has parameters whose symmetries are not known here.
     """
-    check_parameters(previous, _FIELD, _OTHERS_OF_HEADS + _OTHERS_OF_NEURONS)
+    heads, neurons = _sides(previous, config, epsilon)
     offset = config.norm.offset
     previous, next_ = shift_norms(previous, offset), shift_norms(next_, offset)
     norms = _fused_norms(previous, next_)
+    fuse = functools.partial(_fuse_side, norms=norms, fusion=fusion)
+    attention = fuse(heads, previous, next_)
+    if _ROUTER in previous:
+        match = match_experts(previous, next_, config)
+        pairs = zip(*_paired_experts(previous, next_, match.source_E), strict=True)
+        mlp = _join_experts([fuse(neurons, a, b) for a, b in pairs])
+        router_a, router_b = (
+            fold_features(block, ("router",))["router"] for block in (previous, next_)
+        )
+        rows = blend_rows(fusion, router_a[match.source_E], router_b, mlp.share_U)
+        mlp.parameters.update(unfold_features({"router": rows}, norms, next_))
+        mlp.reports.insert(0, report_match(match, rows, router_a, router_b))
+        mlp.maps["router"] = match.map_EE
+    else:
+        mlp = fuse(neurons, previous, next_)
+    fused = shift_norms(attention.parameters | mlp.parameters, -offset)
+    return Fused(
+        {name: fused[name] for name in next_},
+        (*attention.reports, *mlp.reports),
+        attention.maps | mlp.maps,
+    )
+
+
+def _fuse_side(
+    side: _Side, previous: Block, next_: Block, *, norms: Block, fusion: str
+) -> _FusedSide:
+    a, b = (fold_features(block, side.matrices) for block in (previous, next_))
+    match = side.match(a, b)
+    moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
+    share = shares_of_previous(fusion, moved, b, side.units)
     fused: dict[str, np.ndarray] = {}
-    reports: list[MatrixReport] = []
-    maps: dict[str, TransportMap] = {}
-    for side in _sides(config, epsilon):
-        a, b = (fold_features(block, side.matrices) for block in (previous, next_))
-        match = side.match(a, b)
-        moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
-        share = shares_of_previous(fusion, moved, b, side.units)
-        lines = []
-        for name in side.matrices:
-            rows = blend_rows(fusion, moved.pop(name), b[name], share)
-            lines.append(_report_matrix(name, match, rows, a[name], b[name]))
-            fused |= unfold_features({name: rows}, norms, next_)
-        reports += [_report_units(side.units_name, match, lines), *lines]
-        maps |= match.maps
-        of_a = np.float32(share.mean())
-        for name in (name for name in side.others if name in next_):
-            fused[name] = next_[name] + of_a * (_moved(name, previous, match) - next_[name])
-    fused = shift_norms(fused, -offset)
-    return Fused({name: fused[name] for name in next_}, tuple(reports), maps)
+    lines = []
+    for name in side.matrices:
+        rows = blend_rows(fusion, moved.pop(name), b[name], share)
+        lines.append(_report_matrix(name, match, rows, a[name], b[name]))
+        fused |= unfold_features({name: rows}, norms, next_)
+    of_a = np.float32(share.mean())
+    for name in (name for name in side.others if name in next_):
+        fused[name] = next_[name] + of_a * (_moved(name, previous, match) - next_[name])
+    units = _report_units(side.units_name, match, lines)
+    return _FusedSide(fused, [units, *lines], match.maps, share)
+
+
+def _join_experts(experts: list[_FusedSide]) -> _FusedSide:
+    """All experts as one side, of which each is a unit."""
+    lines = zip(*(expert.reports for expert in experts), strict=True)
+    return _FusedSide(
+        stack_expert_blocks([expert.parameters for expert in experts]),
+        [merge_reports(f"experts {of_each[0].name}", of_each) for of_each in lines],
+        {},
+        np.array([expert.share_U.mean() for expert in experts]),
+    )
 
 
 def _report_matrix(

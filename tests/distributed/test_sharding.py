@@ -25,9 +25,14 @@ from tests.training.tiny import tiny_hf_config
 def test_every_parameter_has_a_rule():
     hf_config = tiny_hf_config(attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
     config = read_model_config(hf_config)
-    for spec in (*block_specs(config).values(), *outer_specs(config).values()):
+    experts = read_model_config(tiny_hf_config(model_type="mixtral"))
+    of_blocks = (*block_specs(config).values(), *block_specs(experts).values())
+    for spec in (*of_blocks, *outer_specs(config).values()):
         assert len(partition_spec(("layers", *spec.logical_axes))) == len(spec.shape) + 1
     assert partition_spec(("mlp", "width")) == PartitionSpec("tensor", "fsdp")
+    assert partition_spec(block_specs(experts)["experts_gate_kernel"].logical_axes) == (
+        PartitionSpec("tensor", None, "fsdp")
+    )
     assert partition_spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), None)
 
 

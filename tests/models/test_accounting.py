@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -5,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import torch
+import transformers
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from opt_deus_jax.config import TrainingConfig
@@ -159,9 +162,10 @@ def flops_of_the_step(config: ModelConfig, names: TrainedNames, remat: str = "no
 
 def flops_that_are_needed(config: ModelConfig, names: TrainedNames) -> int:
     """The same of a network without scans and with plain cross-entropy."""
-    outer, specs = outer_specs(config), block_specs(config)
+    outer, kinds = outer_specs(config), config.kinds_of(len(names.blocks))
     params = {("", name): abstract(spec.shape) for name, spec in outer.items()}
     for depth in range(len(names.blocks)):
+        specs = block_specs(config, kinds[depth])
         params |= {(str(depth), name): abstract(spec.shape) for name, spec in specs.items()}
     is_trained = {
         (where, name): name in (names.blocks[int(where)] if where else names.outer)
@@ -173,8 +177,8 @@ def flops_that_are_needed(config: ModelConfig, names: TrainedNames) -> int:
         positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], (BATCH, LENGTH))
         inputs = causal_inputs(config, positions)
         x = merged["", "embedding"][tokens[:, :-1]]
-        for depth, kind in enumerate(config.kinds_of(len(names.blocks))):
-            block = {name: merged[str(depth), name] for name in specs}
+        for depth, kind in enumerate(kinds):
+            block = {name: merged[str(depth), name] for name in block_specs(config, kind)}
             x, _ = apply_block(config, kind, block, x, inputs)
         x = root_mean_square_norm(x, merged["", "final_norm"], config.norm)
         head = merged.get(("", "head"), merged["", "embedding"])
@@ -232,6 +236,55 @@ GEMMA3 = read_model_config({
     **{"model_type": "gemma3_text", **SIZES, "head_dim": 4, "sliding_window": LENGTH},
     "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"] * 2,
 })  # fmt: skip
+
+
+# Every token goes to every expert, which is what is computed; and layers with one MLP.
+EXPERTS = read_model_config({
+    **{"model_type": "qwen3_moe", **SIZES, "head_dim": 4, "mlp_only_layers": [1, 3]},
+    **{"num_experts": 3, "num_experts_per_tok": 3, "moe_intermediate_size": 5},
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("trained", ["new", "all", "mlp.gate.weight|input", "experts|input"])
+def test_flops_of_experts_are_those_of_the_step(trained: str, remat: str):
+    names = select_trained(EXPERTS, placed("middle"), trained)
+    if trained not in ("new", "all"):
+        whole = frozenset(block_specs(EXPERTS.of_layer(0)))
+        names = TrainedNames(names.outer, (whole, *names.blocks[1:]))
+    counted = costs_of(EXPERTS, names, remat=remat)
+    if remat == "none":
+        assert counted.model_flops == flops_that_are_needed(EXPERTS, names)
+    step = flops_of_the_step(EXPERTS, names, remat)
+    assert counted.model_flops + counted.recomputed_flops == step
+
+
+def test_experts_a_token_is_not_sent_to_are_not_active():
+    experts = 8 * 3 * 14336 * 4096
+    mixtral = read_model_config({
+        **{"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096},
+        **{"intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    })  # fmt: skip
+    counted = costs_of(mixtral, TrainedNames(frozenset(), (frozenset(),) * 32))
+    # As published with Mixtral 8x7B: 47B, of which 13B are active.
+    with torch.device("meta"):
+        whole = transformers.MixtralForCausalLM(transformers.MixtralConfig())
+    total = sum(parameter.numel() for parameter in whole.parameters())
+    assert counted.parameters == total == 46_702_792_704
+    assert counted.parameters - counted.active_parameters == 32 * experts * 6 // 8
+    idle = read_model_config({
+        **{"model_type": "qwen3_moe", **SIZES, "num_experts": 7, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 5},
+    })  # fmt: skip
+    busy = dataclasses.replace(
+        idle,
+        experts=dataclasses.replace(idle.experts, number=2),  # pyright: ignore
+    )
+    names = TrainedNames(frozenset(), (frozenset(),) * 8)
+    rows = 8 * 5 * 8
+    assert costs_of(idle, names).active_parameters == costs_of(busy, names).parameters + rows
+    difference = costs_of(idle, names).forward_flops - costs_of(busy, names).forward_flops
+    assert difference == 2 * rows
 
 
 @pytest.mark.parametrize("config", [OLMO2, GEMMA3], ids=["olmo2", "gemma3"])

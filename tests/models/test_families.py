@@ -46,8 +46,10 @@ def test_logits_equal_transformers(variant):
     np.testing.assert_allclose(streamed_logits(source, tokens_BT), expected, rtol=0, atol=2e-4)
 
 
-# A window, a norm and a rotary embedding of each kind.
-@pytest.mark.parametrize("variant", ["qwen3", "smollm3", "gemma2", "gemma3_text"])
+# A window, a norm and a rotary embedding of each kind, and experts.
+@pytest.mark.parametrize(
+    "variant", ["qwen3", "smollm3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"]
+)
 def test_a_cache_and_a_tree_give_the_logits_of_the_whole(variant):
     config, params = params_of(base(variant))
     tokens_BT = tokens(rows=2, length=12, vocabulary=64)

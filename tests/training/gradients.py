@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from opt_deus_jax.config import TrainingConfig
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.models.params import block_specs, outer_specs
+from opt_deus_jax.models.params import outer_specs
 from opt_deus_jax.training.segments import (
     TrainedNames,
     partition,
+    pattern_specs,
     plan_segments,
     trained_mask,
 )
@@ -29,11 +30,8 @@ def gradient_jaxpr(
     segments = plan_segments(names.blocks, config.kinds_of(len(names.blocks)))
     params: dict[str, Any] = {k: abstract(spec.shape) for k, spec in outer_specs(config).items()}
     params["segments"] = [
-        [
-            {k: abstract((segment.repeats, *s.shape)) for k, s in block_specs(config).items()}
-            for _ in segment.pattern
-        ]
-        for segment in segments
+        [{k: abstract((segment.repeats, *s.shape)) for k, s in specs.items()} for specs in pattern]
+        for segment, pattern in zip(segments, pattern_specs(config, segments), strict=True)
     ]
     trainable, frozen = partition(params, trained_mask(config, segments, names.outer))
     tokens = {"tokens": jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)}

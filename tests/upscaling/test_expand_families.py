@@ -55,7 +55,7 @@ def test_a_grown_model_computes_what_its_base_does(tmp_path, variant):
         (new,) = (o for o in made.manifest.layers if o["is_new"] and o["depth"] < 4)
         prefix = f"model.layers.{new['depth']}."
         values = {name: grown.read(name) for name in grown.tensors if name.startswith(prefix)}
-        fixed = identity_values(config)
+        fixed = identity_values(config.of_layer(new["depth"]))
         assert all(np.any(value) for value in values.values()) == (0.0 not in fixed.values())
         constant = [name for name, value in values.items() if len(np.unique(value)) == 1]
         assert len(constant) == len(fixed)
@@ -85,6 +85,10 @@ GROWN = [
      {"max_window_layers": 2, "layer_types": [FULL] * 6}),
     ("qwen3", {}, {"layer_types": [FULL] * 2 + [SLIDING] * 4,
                    "max_window_layers": 30}),
+    ("qwen3_moe", {"mlp_only_layers": [1, 2]}, {"mlp_only_layers": [1, 2, 3],
+                                                "decoder_sparse_step": None}),
+    ("qwen3_moe", {"mlp_only_layers": [1], "decoder_sparse_step": 2},
+     {"mlp_only_layers": [0, 1, 2, 3], "decoder_sparse_step": None}),
     ("smollm3", {"layer_types": None, "no_rope_layers": None, "no_rope_layer_interval": 2},
      {"no_rope_layers": [1, 0, 1, 1, 0, 0], "no_rope_layer_interval": None,
       "layer_types": [FULL, SLIDING, FULL, FULL, SLIDING, SLIDING]}),

@@ -1,5 +1,7 @@
 """Alignment by symmetries, for every architecture and every kind of its layers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs
 from opt_deus_jax.upscaling.blending import unit_cosines
 from opt_deus_jax.upscaling.expand import expand_checkpoint
+from opt_deus_jax.upscaling.experts import expert_block, stack_expert_blocks
 from opt_deus_jax.upscaling.features import (
     HEAD_MATRICES,
     NEURON_MATRICES,
@@ -21,15 +24,38 @@ from tests.upscaling.symmetry_copies import run_block
 
 
 def blocks_of(variant):
+    """The blocks of the highest layers that have the same parameters, three at least."""
     source = base(variant)
     config = read_model_config(source.hf_config)
+    layers = [
+        layer
+        for layer, kind in enumerate(config.layer_kinds)
+        if kind.has_experts == config.layer_kinds[-1].has_experts
+    ]
+    config = dataclasses.replace(config, layer_kinds=tuple(config.layer_kinds[i] for i in layers))
     return config, [
         {
             name: source.read(spec.hf_name.format(layer=layer)).astype(np.float32)
             for name, spec in block_specs(config).items()
         }
-        for layer in range(config.num_layers)
+        for layer in layers
     ]
+
+
+def head_features(block, config):
+    return fold_features(shift_norms(block, config.norm.offset), HEAD_MATRICES)
+
+
+def neuron_features(block, config):
+    """Of a block's MLP, or of all its experts one after another."""
+    block = shift_norms(block, config.norm.offset)
+    if "router_kernel" not in block:
+        return fold_features(block, NEURON_MATRICES)
+    each = [
+        fold_features(expert_block(block, expert), NEURON_MATRICES)
+        for expert in range(config.experts.number)
+    ]
+    return {name: np.concatenate([of_one[name] for of_one in each]) for name in NEURON_MATRICES}
 
 
 def assert_same_function(config, block, expected, tolerance=1e-5):
@@ -58,10 +84,6 @@ def shuffled(block, config, seed):
         "value": np.ones(groups * size, np.float32),
     }
     rows["value"], rows["output"] = rows["key"], rows["query"]
-    neurons = generator.permutation(config.mlp_width)
-    flips = generator.choice([-1.0, 1.0], config.mlp_width).astype(np.float32)
-    rows |= {"gate": neurons, "up": neurons}
-    signs |= {"gate": np.ones(config.mlp_width, np.float32), "up": flips}
     for name, sign in signs.items():
         block[f"{name}_kernel"] = sign[:, None] * block[f"{name}_kernel"][rows[name]]
         if f"{name}_bias" in block:
@@ -69,6 +91,22 @@ def shuffled(block, config, seed):
         if len(block.get(f"{name}_norm", ())) == len(sign):
             block[f"{name}_norm"] = block[f"{name}_norm"][rows[name]]
     block["output_kernel"] = block["output_kernel"][:, rows["output"]]
+    if "router_kernel" not in block:
+        return shuffled_neurons(block, generator)
+    order = generator.permutation(config.experts.number)
+    experts = [shuffled_neurons(expert_block(block, expert), generator) for expert in order]
+    return block | stack_expert_blocks(experts) | {"router_kernel": block["router_kernel"][order]}
+
+
+def shuffled_neurons(block, generator):
+    """The same MLP with its neurons in other places, up and down with other signs."""
+    block, width = dict(block), len(block["gate_kernel"])
+    neurons = generator.permutation(width)
+    flips = generator.choice([-1.0, 1.0], width).astype(np.float32)
+    for name, sign in {"gate": np.ones_like(flips), "up": flips}.items():
+        block[f"{name}_kernel"] = sign[:, None] * block[f"{name}_kernel"][neurons]
+        if f"{name}_bias" in block:
+            block[f"{name}_bias"] = sign * block[f"{name}_bias"][neurons]
     block["down_kernel"] = block["down_kernel"][:, neurons] * flips
     return block
 
@@ -80,11 +118,8 @@ def test_the_aligned_block_computes_what_it_computed(variant):
     aligned = align_block(a, b, config)
     assert aligned.keys() == b.keys()
     assert_same_function(config, aligned, a)
-    for names in (HEAD_MATRICES, NEURON_MATRICES):
-        before, after, target = (
-            fold_features(shift_norms(block, config.norm.offset), names)
-            for block in (a, aligned, b)
-        )
+    for fold in (head_features, neuron_features):
+        before, after, target = (fold(block, config) for block in (a, aligned, b))
         assert unit_cosines(after, target, 1) > unit_cosines(before, target, 1) + 0.05
 
 
@@ -103,7 +138,7 @@ def test_a_shuffled_copy_is_found_again(variant):
         assert_same_function(config, fused.block, a, 1e-4)
 
 
-@pytest.mark.parametrize("variant", ["qwen3", "olmo2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("variant", ["qwen3", "olmo2", "gemma3_text", "phi3", "mixtral"])
 def test_a_base_grows_by_symmetric_fusion(tmp_path, variant):
     made = expand_checkpoint(
         write(variant, tmp_path / "base"),
