@@ -28,14 +28,14 @@ from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, grown_hf_config, read_model_config
 from opt_deus_jax.models.params import block_specs, outer_specs
-from opt_deus_jax.transport.diagnostics import MatrixReport
+from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport
 from opt_deus_jax.upscaling.fusion import fuse_blocks, transport_epsilon
 from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.methods import Method, layer_parents, plan_layers, resolve_method
-from opt_deus_jax.upscaling.new_block import Fused, TransportMap
+from opt_deus_jax.upscaling.new_block import Fused
 
-Draw = Callable[[Path, Mapping[str, TransportMap], dict[int, tuple[MatrixReport, ...]]], None]
+Draw = Callable[[Path, Mapping[str, MapPicture], dict[int, tuple[MatrixReport, ...]]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Reader:
         self.fused_tensors: dict[str, np.ndarray] = {}
         self.upper: dict[int, dict[str, np.ndarray]] = {}
         self.reports: dict[int, tuple[MatrixReport, ...]] = {}
-        self.sample_maps: Mapping[str, TransportMap] = {}
+        self.pictures: Mapping[str, MapPicture] = {}
         self.base_hashes: dict[str, str] = {}
         specs = block_specs(plan.config)
         first = next(iter(specs.values())).hf_name
@@ -175,8 +175,8 @@ class _Reader:
         fused = _fuse_layer(self.source, self.plan, origin, self.upper)
         _check_converged(origin.depth, fused.reports)
         self.reports[origin.depth] = fused.reports
-        if not self.sample_maps:
-            self.sample_maps = fused.maps
+        if not self.pictures:
+            self.pictures = fused.pictures
         for key, spec in block_specs(self.plan.config).items():
             hf_name = spec.hf_name.format(layer=origin.depth)
             array = fused.block[key]
@@ -248,7 +248,7 @@ def expand_checkpoint(
     probe_BT: Int[np.ndarray, "b t"],
     max_shard_bytes: int,
     on_layer: Callable[[LayerOrigin], None] = lambda origin: None,
-    draw: Draw = lambda directory, maps, reports: None,
+    draw: Draw = lambda directory, pictures, reports: None,
 ) -> Expansion:
     """Writes the grown model and proves what it computes.
 
@@ -262,7 +262,7 @@ def expand_checkpoint(
         probe_BT: Token ids on which the grown model is run against its base.
         max_shard_bytes: Size above which safetensors are split.
         on_layer: Called before each layer is made, for progress.
-        draw: Leaves a picture; given the folder, the first new layer's maps and all reports.
+        draw: Leaves a picture; given the folder, the first new layer's pictures and all reports.
 
     Returns:
         The manifest, the reports, and the distance from the base.
@@ -289,8 +289,8 @@ def expand_checkpoint(
         grown = open_hf_directory(partial, str(directory))
         identity = _prove(source, grown, plan, probe_BT)
         (partial / "README.md").write_text(_model_card(source.name, plan, identity))
-        if reader.sample_maps:
-            draw(partial, reader.sample_maps, reader.reports)
+        if reader.pictures:
+            draw(partial, reader.pictures, reader.reports)
         made.append((_manifest(source, plan, reader, identity), identity))
         write_manifest(partial, made[0][0])
 

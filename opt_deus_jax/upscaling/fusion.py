@@ -11,14 +11,15 @@ from jaxtyping import Array, Float
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.transport.assignment import solve_assignment
-from opt_deus_jax.transport.diagnostics import MatrixReport, report
+from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport, picture_of, report
+from opt_deus_jax.transport.plan import Coupling, Plan, ScaledKernel, move_columns, move_rows
 from opt_deus_jax.transport.sinkhorn import (
     DEFAULT_RELATIVE_EPSILON,
     REFERENCE_EPSILON,
-    Coupling,
     barycentric_map,
     solve_sinkhorn,
 )
+from opt_deus_jax.transport.wide import is_wide, solve_wide
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
 from opt_deus_jax.upscaling.features import shift_norms
@@ -31,7 +32,7 @@ class Aligned(NamedTuple):
     """A kernel of parent A moved onto the rows of parent B's and averaged with it."""
 
     coupling: Coupling
-    map_MN: Float[Array, "m n"]
+    map_MN: Plan
     fused_ND: Float[Array, "n d"]
 
 
@@ -43,20 +44,17 @@ def transport_epsilon(transport: str, epsilon: float | None) -> float:
 
 
 @jax.jit
-def _average(map_MN: Array, previous: Array, next_: Array) -> Array:
-    moved = jnp.matmul(map_MN.T, previous, precision=jax.lax.Precision.HIGHEST)
-    return (moved + next_) / 2
+def _average(map_MN: Plan, previous: Array, next_: Array) -> Array:
+    return (move_rows(map_MN, previous) + next_) / 2
 
 
-@jax.jit
-def _move_columns(kernel_MD: Array, map_DE: Array) -> Array:
-    return jnp.matmul(kernel_MD, map_DE, precision=jax.lax.Precision.HIGHEST)
+_move_columns = jax.jit(move_columns)
 
 
 @functools.partial(jax.jit, static_argnames=("transport", "epsilon"))
 def _align_by_sinkhorn(
     previous_MD: Array, next_ND: Array, *, transport: str, epsilon: float
-) -> tuple[Coupling, Array]:
+) -> tuple[Coupling, Plan]:
     relative = transport == "barycentric"
     coupling = solve_sinkhorn(previous_MD, next_ND, epsilon=epsilon, relative=relative)
     # The authors apply the coupling itself, whose columns sum to 1/n.
@@ -87,6 +85,10 @@ def align(
     if transport == "assignment":
         coupling = solve_assignment(previous_MD, next_ND)
         map_MN = barycentric_map(coupling)
+    elif is_wide(len(previous_MD), len(next_ND)):
+        relative = transport == "barycentric"
+        coupling = solve_wide(previous_MD, next_ND, epsilon=epsilon, relative=relative)
+        map_MN = barycentric_map(coupling) if relative else coupling.plan_MN
     else:
         coupling, map_MN = _align_by_sinkhorn(
             previous_MD, next_ND, transport=transport, epsilon=epsilon
@@ -112,16 +114,21 @@ def _transport(
 
     Norms that Llama does not have are averaged; those of whole projections follow their rows.
     """
-    a, b = (
-        {name: jnp.asarray(value) for name, value in shift_norms(block, norm_offset).items()}
-        for block in (previous, next_)
-    )
-    fused = {name: (a[name] + b[name]) / 2 for name in a if _is_norm(name)}
+
+    def read(block: Block, name: str) -> Array:
+        # One at a time: a block of an 8B model takes 0.9 GB in float32.
+        offset = norm_offset if _is_norm(name) else 0.0
+        return jnp.asarray(block[name] + np.float32(offset) if offset else block[name])
+
+    fused = {
+        name: (read(previous, name) + read(next_, name)) / 2 for name in previous if _is_norm(name)
+    }
     reports: list[MatrixReport] = []
-    maps: dict[str, Array] = {}
+    maps: dict[str, Plan] = {}
+    pictures: dict[str, MapPicture] = {}
 
     def fuse(name: str, kernel_a: Array) -> None:
-        kernel_b = b[f"{name}_kernel"]
+        kernel_b = read(next_, f"{name}_kernel")
         aligned = align(
             kernel_a,
             kernel_b,
@@ -131,30 +138,36 @@ def _transport(
         fused_kernel = aligned.fused_ND
         if fusion == "rescaled":
             fused_kernel = jnp.asarray(restore_rows(*map(np.asarray, (fused_kernel, kernel_b))))
-        maps[name] = aligned.map_MN
         fused[f"{name}_kernel"] = fused_kernel
         reports.append(report(name, aligned.coupling, fused_kernel, kernel_a, kernel_b))
         for row_name in (f"{name}_bias", f"{name}_norm"):
-            if row_name in a and a[row_name].size == kernel_a.shape[0]:
-                columns = (a[row_name][:, None], b[row_name][:, None])
+            if row_name in previous and previous[row_name].size == kernel_a.shape[0]:
+                columns = (read(block, row_name)[:, None] for block in (previous, next_))
                 fused[row_name] = _average(aligned.map_MN, *columns)[:, 0]
+        pictures[name] = picture_of(aligned.map_MN, reports[-1].match_order)
+        # The only one that others need; of the rest, those that are tables are shown to callers.
+        if name == "output" or not isinstance(aligned.map_MN, ScaledKernel):
+            maps[name] = aligned.map_MN
 
     for name in ("query", "key", "value", "output"):
-        fuse(name, a[f"{name}_kernel"])
+        fuse(name, read(previous, f"{name}_kernel"))
     output_map = maps["output"]
-    if "post_attention_norm" in a:
-        moved_norm = _move_columns(a["post_attention_norm"][None], output_map)[0]
-        norm_a = (moved_norm + a["post_attention_norm"]) / 2
-        fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
+    if "post_attention_norm" in previous:
+        norm_a = read(previous, "post_attention_norm")
+        moved_norm = _move_columns(norm_a[None], output_map)[0]
+        norm_a = (moved_norm + norm_a) / 2
+        norm = (norm_a + read(next_, "post_attention_norm")) / 2
+        fused["post_attention_norm"] = norm
     for name in ("gate", "up"):
-        fuse(name, _move_columns(a[f"{name}_kernel"], output_map))
+        fuse(name, _move_columns(read(previous, f"{name}_kernel"), output_map))
     if needs_down:
-        fuse("down", a["down_kernel"])
+        fuse("down", read(previous, "down_kernel"))
     block = {name: np.asarray(value) for name, value in fused.items()}
     return Fused(
         shift_norms(block, -norm_offset),
         tuple(reports),
-        {name: np.asarray(m) for name, m in maps.items()},
+        {name: np.asarray(m) for name, m in maps.items() if not isinstance(m, ScaledKernel)},
+        pictures,
     )
 
 
@@ -250,7 +263,9 @@ def fuse_blocks(
         block = balance_branches(block, config)
     if branch_scale != 1:
         block = scale_branches(block, branch_scale)
-    return made._replace(block=block)
+    order = {line.name: line.match_order for line in made.reports}
+    pictures = made.pictures or {name: picture_of(m, order[name]) for name, m in made.maps.items()}
+    return made._replace(block=block, pictures=pictures)
 
 
 def _make(
