@@ -2,11 +2,13 @@ r"""Grows a base checkpoint and proves what the grown model computes.
 
 python -m experiments.expand --config=configs/smollm2_135m.py --workdir=runs/first
 Writes WORKDIR/expanded: a Hugging Face folder with its manifest and a picture of the transport.
+Killed at any moment and started again, it goes on, and ends in the same bytes.
 """
 
 import tqdm
 
 from opt_deus_jax import launch
+from opt_deus_jax.checkpoints.journal import is_finished
 from opt_deus_jax.checkpoints.manifest import manifest_of
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.models.model_config import read_model_config
@@ -25,7 +27,7 @@ def main() -> None:
     """Expands, proves, reports."""
     experiment, workdir = launch.start(("base", "upscale"))
     directory = workdir / "expanded"
-    if directory.exists():
+    if is_finished(directory):
         show(f"{directory} exists and was made with this config; nothing to do")
         return
     source = open_checkpoint(experiment.base)
@@ -50,6 +52,7 @@ def main() -> None:
             max_shard_bytes=experiment.max_shard_bytes,
             on_layer=on_layer,
             draw=plot_diagnostics,
+            say=tqdm.tqdm.write,
         )
     if (directory / PICTURE).exists():
         show(diagnostics_table(expansion.reports), f"picture: {directory / PICTURE}")

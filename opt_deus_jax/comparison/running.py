@@ -213,6 +213,7 @@ def _grow(setting: Setting, contender: Contender) -> Path:
             folder,
             probe_BT=probe_tokens(setting.base),
             max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
+            say=setting.say,
         )
     return folder
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,24 @@ class MatrixReport:
     norm_ratio_next: float
     match_gain: float
     match_order: tuple[int, ...]
+
+
+def report_from_json(fields: Mapping[str, Any]) -> MatrixReport:
+    """The report of which `dataclasses.asdict` was written as JSON."""
+    return MatrixReport(**{**fields, "match_order": tuple(fields["match_order"])})
+
+
+def picture_to_json(picture: MapPicture) -> dict[str, Any]:
+    """A picture as JSON, every bit kept."""
+    mass = np.ascontiguousarray(picture.mass, np.float32)
+    encoded = base64.b64encode(mass.tobytes()).decode()
+    return {"mass": encoded, "tiles": mass.shape, "shape": picture.shape}
+
+
+def picture_from_json(fields: Mapping[str, Any]) -> MapPicture:
+    """Undoes `picture_to_json`."""
+    mass = np.frombuffer(base64.b64decode(fields["mass"]), np.float32)
+    return MapPicture(mass.reshape(fields["tiles"]), tuple(fields["shape"]))
 
 
 def report(

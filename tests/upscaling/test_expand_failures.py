@@ -1,4 +1,7 @@
-"""Whatever goes wrong in an expansion, no folder is left that could be taken for a checkpoint."""
+"""Whatever goes wrong in an expansion, no folder is left that could be taken for a checkpoint.
+
+What is refused leaves nothing; what is cut short leaves a partial folder, see test_expand_resumed.
+"""
 
 import errno
 import os
@@ -87,10 +90,17 @@ def test_a_disk_that_fills_up_midway(tmp_path, monkeypatch):
         if len(written) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert_refused(tmp_path, "grown: no space left on the device, .* bytes are needed; free some")
+    source = source_of(CONFIG, random_tensors(CONFIG))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        message = "grown: no space left on the device, .* bytes are needed; free some and start"
+        with pytest.raises(UserError, match=message):
+            run(tmp_path, source)
     assert len(written) == 3
     assert min(written) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["grown.partial"]
+    assert run(tmp_path, source).identity.bit_identical
+    assert [path.name for path in tmp_path.iterdir()] == ["grown"]
 
 
 def test_a_shard_that_vanishes_midway(tmp_path):
@@ -106,7 +116,7 @@ def test_a_shard_that_vanishes_midway(tmp_path):
     broken = hf.CheckpointSource(source.name, source.hf_config, source.tensors, read, {})
     with pytest.raises(FileNotFoundError):
         run(tmp_path, broken)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["grown.partial"]
 
 
 def test_the_manifest_is_written_last_and_before_the_folder_has_its_name(tmp_path, monkeypatch):
@@ -123,7 +133,7 @@ def test_the_manifest_is_written_last_and_before_the_folder_has_its_name(tmp_pat
     assert name == "grown.partial"
     assert {"config.json", "README.md", hf.INDEX_FILE} <= set(files)
     assert "upscale_manifest.json" not in files
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["grown.partial"]
 
 
 @pytest.mark.parametrize("kernel", ["down_kernel", "output_kernel"])
@@ -145,11 +155,11 @@ def test_an_output_kernel_that_is_not_zero_is_caught(tmp_path, monkeypatch, kern
 def test_an_old_layer_that_is_moved_is_caught(tmp_path, monkeypatch):
     write = expand.write_weights
 
-    def swapped(directory, tensors, read, max_shard_bytes):
+    def swapped(directory, tensors, read, max_shard_bytes, **options):
         def read_other(name):
             return read(name)[::-1] if name == GATE.format(1) else read(name)
 
-        write(directory, tensors, read_other, max_shard_bytes)
+        write(directory, tensors, read_other, max_shard_bytes, **options)
 
     monkeypatch.setattr(expand, "write_weights", swapped)
     assert_refused(tmp_path, "grown: the grown model is not its base")
