@@ -15,7 +15,7 @@ from opt_deus_jax.checkpoints import hf
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.upscaling import expand, identity
-from tests.llama_checkpoints import hf_config, random_tensors, source_of, tokens
+from tests.llama_checkpoints import hf_config, random_tensors, source_of, tokens, write_directory
 
 CONFIG = hf_config(intermediate_size=32, num_key_value_heads=4)
 GATE = "model.layers.{}.mlp.gate_proj.weight"
@@ -209,3 +209,14 @@ def test_a_plan_that_does_not_converge(tmp_path):
     # So little entropy that 20,000 iterations do not reach the marginals in float32.
     message = "new layer 4: transport of .* did not converge .* raise upscale.epsilon"
     assert_refused(tmp_path, message, method="opt_deus", epsilon=1e-6)
+
+
+def test_logits_are_the_same_in_parts_of_the_vocabulary(tmp_path, monkeypatch):
+    tensors = random_tensors(CONFIG)
+    stored = write_directory(tmp_path / "base", CONFIG, tensors)
+    expected = identity.streamed_logits(source_of(CONFIG, tensors), tokens())
+    monkeypatch.setattr(identity, "_ROWS_AT_ONCE", 40)
+    for source in (source_of(CONFIG, tensors), hf.open_hf_directory(stored, "base")):
+        np.testing.assert_allclose(
+            identity.streamed_logits(source, tokens()), expected, rtol=0, atol=1e-6
+        )

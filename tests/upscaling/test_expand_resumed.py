@@ -129,7 +129,7 @@ def test_what_is_written_is_kept(tmp_path, uninterrupted, monkeypatch, reads):
     assert content(tmp_path) == expected
     assert (made.manifest, made.reports) == (whole.manifest, whole.reports)
     assert len(said) == (lines > 1)
-    # A new layer is only made again where a tensor of it is missing: 9 a layer, the embedding first.
+    # A new layer is only made again where one of its 9 tensors is missing; the embedding is first.
     missing = [depth for depth in (3, 5, 7) if 1 + 9 * (depth + 1) > lines - 1]
     assert len(fused) == len(missing)
 
