@@ -13,9 +13,10 @@ from opt_deus_jax.checkpoints.manifest import manifest_of
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
-from opt_deus_jax.reporting.tables import diagnostics_table, identity_line, show
+from opt_deus_jax.reporting.tables import diagnostics_table, forecast_line, identity_line, show
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.expand import expand_checkpoint
+from opt_deus_jax.upscaling.forecast import check_memory, forecast, measure_speed
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.methods import plan_layers, resolve_method
 from opt_deus_jax.upscaling.probe import probe_tokens
@@ -36,7 +37,12 @@ def main() -> None:
     grown_before = manifest_of(source) if upscale.method == "base" else None
     layers = plan_layers(upscale, model.num_layers, grown_before)
     # What cannot be trained is better known before the work than after it.
-    select_trained(model, [layer.is_new for layer in layers], resolve_method(upscale).trained)
+    method = resolve_method(upscale)
+    select_trained(model, [layer.is_new for layer in layers], method.trained)
+    itemsize = max(info.dtype.itemsize for info in source.tensors.values())
+    expected = forecast(model, upscale, method, layers, itemsize)
+    show(forecast_line(expected, measure_speed()))
+    check_memory(expected, upscale)
     probe_BT = probe_tokens(source)
     with tqdm.tqdm(total=len(layers), desc="expand", unit="layer") as bar:
 

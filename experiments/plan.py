@@ -10,8 +10,9 @@ from opt_deus_jax.checkpoints.manifest import Manifest, manifest_of
 from opt_deus_jax.checkpoints.opening import open_checkpoint, read_config_only
 from opt_deus_jax.models.accounting import count_costs
 from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
-from opt_deus_jax.reporting.tables import costs_table, layer_table, show
+from opt_deus_jax.reporting.tables import costs_table, forecast_line, layer_table, show
 from opt_deus_jax.training.segments import select_trained
+from opt_deus_jax.upscaling.forecast import forecast, measure_speed, stored_itemsize
 from opt_deus_jax.upscaling.methods import layer_parents, plan_layers, resolve_method
 
 launch.define_flags(needs_workdir=False)
@@ -51,6 +52,9 @@ def main() -> None:
             f"layout {method.layout}",
         ),
         costs_table(costs, f"Costs at {experiment.data.sequence_length} tokens a sequence"),
+        forecast_line(
+            forecast(model, upscale, method, layers, stored_itemsize(hf_config)), measure_speed()
+        ),
     )
 
 

@@ -28,8 +28,6 @@ class Costs:
             lowest trained block is trained.
         recomputed_flops: FLOPs a token that rematerialisation repeats in the backward pass; no
             part of the other two.
-        expansion_bytes: Memory of expansion beyond the interpreter: two parents, the new block,
-            the widest transport plan with its cost and work space, one vocabulary kernel.
         training_bytes: Memory of training beyond activations: frozen parameters, float32 masters,
             gradients and both AdamW moments of the trained ones.
     """
@@ -39,7 +37,6 @@ class Costs:
     forward_flops: int
     backward_flops: int
     recomputed_flops: int
-    expansion_bytes: int
     training_bytes: int
 
     @property
@@ -156,7 +153,6 @@ def count_costs(
         has_trained_below = has_trained_below or bool(names)
     head_is_trained = ("embedding" if config.tied_embeddings else "head") in trained_outer
     backward += head * (head_is_trained + (has_trained_below or "final_norm" in trained_outer))
-    widest = max(max(spec.shape[:1]) for spec in specs.values())
     kernels = len(trained_blocks) * sum(_kernel_flops(config).values())
     return Costs(
         parameters=parameters,
@@ -164,7 +160,5 @@ def count_costs(
         forward_flops=kernels + 2 * sum(products) + head,
         backward_flops=backward,
         recomputed_flops=recomputed,
-        expansion_bytes=4
-        * (3 * block_size(config) + 4 * widest**2 + config.vocabulary_size * config.width),
         training_bytes=(parameters - trained) * frozen_bytes + trained * 16,
     )
