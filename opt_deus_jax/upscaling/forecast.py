@@ -87,8 +87,8 @@ def _transport_bytes(matrix: _Matrix, transport: str) -> int:
     """Of one plan with its work space, and the kernels that it is made from and applied to."""
     table, kernel = 4 * matrix.rows**2, 4 * matrix.rows * matrix.columns
     if transport == "assignment":
-        # In float64 on the host, then plan and map in float32.
-        return 4 * kernel + max(4 * table + 4 * kernel, 2 * table + 2 * table)
+        # Cost and kernels in float64 on the host; then the plan, as it is filled, and the map.
+        return 5 * kernel + max(2 * table + 4 * kernel, 3 * table)
     if is_wide(matrix.rows, matrix.rows):
         return 5 * kernel + table + table // 8
     return 5 * kernel + 5 * table

@@ -145,8 +145,8 @@ def _transport(
                 columns = (read(block, row_name)[:, None] for block in (previous, next_))
                 fused[row_name] = _average(aligned.map_MN, *columns)[:, 0]
         pictures[name] = picture_of(aligned.map_MN, reports[-1].match_order)
-        # The only one that others need; of the rest, those that are tables are shown to callers.
-        if name == "output" or not isinstance(aligned.map_MN, ScaledKernel):
+        # Others need that of output. The rest are for callers, who can do without wide ones.
+        if name == "output" or not is_wide(*aligned.map_MN.shape):
             maps[name] = aligned.map_MN
 
     for name in ("query", "key", "value", "output"):
