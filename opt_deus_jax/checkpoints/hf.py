@@ -220,18 +220,18 @@ def _write_shard(
     on_written: Callable[[str, np.ndarray], None],
 ) -> None:
     # The safetensors package writes only from a dict that holds the whole shard in memory.
-    places = [place for place in shard.places() if place[0] not in kept]
-    if not places:
-        return
-    is_begun = len(places) < len(shard.tensors)
+    places = list(shard.places())
+    missing = [place for place in places if place[0] not in kept]
     infos = dict(shard.tensors)
-    with path.open("r+b" if is_begun else "wb") as file:
-        if is_begun:
-            file.truncate(places[0][1])
-            file.seek(0, os.SEEK_END)
-        else:
+    with path.open("r+b" if len(missing) < len(places) else "wb") as file:
+        if len(missing) == len(places):
             file.write(shard.header)
-        for name, _, _ in places:
+        else:
+            # What follows was cut short, or is damaged.
+            _, first, size = places[len(places) - len(missing) - 1]
+            file.truncate(first + size)
+            file.seek(0, os.SEEK_END)
+        for name, _, _ in missing:
             array, info = read(name), infos[name]
             if array.shape != info.shape or array.dtype != info.dtype:
                 raise ValueError(f"{name}: got {array.shape} {array.dtype}, planned {info}")

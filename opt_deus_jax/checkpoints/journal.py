@@ -185,8 +185,11 @@ def create_resumable(
                     path.unlink()
         fill(partial, journal)
         partial.rename(directory)
+        journal.close()
         is_finished(directory)
     except UserError:
+        # Network file systems keep a file that is open.
+        journal.close()
         shutil.rmtree(partial)
         raise
     except OSError as error:

@@ -288,9 +288,8 @@ def expand_checkpoint(
     reader = _Reader(source, plan, on_layer)
     planned = {name: info for name, (info, _) in reader.planned.items()}
     tensors, read = fuse(planned, reader.read, config, len(layers))
-    made: list[tuple[Manifest, IdentityReport]] = []
-
     shards = plan_shards(tensors, max_shard_bytes)
+    made: list[tuple[Manifest, IdentityReport]] = []
 
     def fill(partial: Path, journal: Journal) -> None:
         kept = journal.keep_written(partial, shards)
