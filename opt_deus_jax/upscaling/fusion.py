@@ -264,7 +264,9 @@ def fuse_blocks(
     if branch_scale != 1:
         block = scale_branches(block, branch_scale)
     order = {line.name: line.match_order for line in made.reports}
-    pictures = made.pictures or {name: picture_of(m, order[name]) for name, m in made.maps.items()}
+    pictures = made.pictures or {
+        name: picture_of(m, order[name]) for name, m in made.maps.items() if name in order
+    }
     return made._replace(block=block, pictures=pictures)
 
 
