@@ -1,5 +1,7 @@
 """solve_wide against solve_sinkhorn, on sizes at which both have room."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,16 +138,16 @@ def test_rows_that_are_all_equal_give_the_uniform_plan():
 
 def test_no_step_of_it_holds_a_second_table():
     rows = 512
-    wide._ROWS_AT_ONCE = 32
-    table, row, width = (
-        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows,) * 2, (rows,), (rows, 8))
-    )
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    index = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def shaped(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    table, row, width = shaped(rows, rows), shaped(rows), shaped(rows, 8)
+    number, index = shaped(), shaped(rows, dtype=jnp.int32)
     scalings = sinkhorn.Scalings(row, row)
     scaled = plan.ScaledKernel(row, table, row)
     # What each takes beside its arguments, in tables; one makes the table.
-    steps = (
+    steps: Any = (
         (wide._rough_cost, (width, width), 1),
         (wide._find_nearest, (table, width, width), 0),
         (wide._put_nearest, (table, index, row, index, row), 0),
