@@ -1,12 +1,13 @@
 """Hugging Face directories: safetensors read and written one tensor at a time."""
 
+import dataclasses
 import errno
 import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,24 +149,55 @@ def open_hf_directory(directory: Path, name: str) -> CheckpointSource:
     return CheckpointSource(name, hf_config, tensors, read, side_files, read_slice)
 
 
-def _plan_shards(
-    tensors: Iterable[tuple[str, TensorInfo]], max_shard_bytes: int
-) -> list[list[tuple[str, TensorInfo]]]:
-    shards: list[list[tuple[str, TensorInfo]]] = [[]]
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A safetensors file as it will be.
+
+    Attributes:
+        file: Its name.
+        header: The bytes that it begins with.
+        tensors: Names and kinds of what follows, in order and without gaps.
+    """
+
+    file: str
+    header: bytes
+    tensors: tuple[tuple[str, TensorInfo], ...]
+
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """Name, first byte in the file and number of bytes of each tensor."""
+        first = len(self.header)
+        for name, info in self.tensors:
+            yield name, first, info.num_bytes
+            first += info.num_bytes
+
+
+def plan_shards(tensors: Iterable[tuple[str, TensorInfo]], max_shard_bytes: int) -> list[Shard]:
+    """Divides tensors into files.
+
+    Args:
+        tensors: Name, shape and dtype of each, in the order of writing.
+        max_shard_bytes: A new file is begun before this size is passed.
+
+    Returns:
+        The files, in the order of writing.
+    """
+    parts: list[list[tuple[str, TensorInfo]]] = [[]]
     filled = 0
     for name, info in tensors:
-        if shards[-1] and filled + info.num_bytes > max_shard_bytes:
-            shards.append([])
+        if parts[-1] and filled + info.num_bytes > max_shard_bytes:
+            parts.append([])
             filled = 0
-        shards[-1].append((name, info))
+        parts[-1].append((name, info))
         filled += info.num_bytes
-    return shards
+    if len(parts) == 1:
+        return [Shard(SINGLE_FILE, _header(parts[0]), tuple(parts[0]))]
+    return [
+        Shard(f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors", _header(part), tuple(part))
+        for i, part in enumerate(parts)
+    ]
 
 
-def _write_shard(
-    path: Path, tensors: list[tuple[str, TensorInfo]], read: Callable[[str], np.ndarray]
-) -> None:
-    # The safetensors package writes only from a dict that holds the whole shard in memory.
+def _header(tensors: list[tuple[str, TensorInfo]]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in tensors:
@@ -177,14 +209,36 @@ def _write_shard(
         offset += info.num_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name, info in tensors:
-            array = read(name)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _write_shard(
+    path: Path,
+    shard: Shard,
+    read: Callable[[str], np.ndarray],
+    kept: Container[str],
+    on_written: Callable[[str, np.ndarray], None],
+) -> None:
+    # The safetensors package writes only from a dict that holds the whole shard in memory.
+    places = list(shard.places())
+    missing = [place for place in places if place[0] not in kept]
+    infos = dict(shard.tensors)
+    with path.open("r+b" if len(missing) < len(places) else "wb") as file:
+        if len(missing) == len(places):
+            file.write(shard.header)
+        else:
+            # What follows was cut short, or is damaged.
+            _, first, size = places[len(places) - len(missing) - 1]
+            file.truncate(first + size)
+            file.seek(0, os.SEEK_END)
+        for name, _, _ in missing:
+            array, info = read(name), infos[name]
             if array.shape != info.shape or array.dtype != info.dtype:
                 raise ValueError(f"{name}: got {array.shape} {array.dtype}, planned {info}")
-            file.write(np.ascontiguousarray(array).view(np.uint8).data)
-        file.flush()
+            array = np.ascontiguousarray(array)
+            file.write(array.view(np.uint8).data)
+            file.flush()
+            on_written(name, array)
         os.fsync(file.fileno())
 
 
@@ -193,6 +247,9 @@ def write_weights(
     tensors: Iterable[tuple[str, TensorInfo]],
     read: Callable[[str], np.ndarray],
     max_shard_bytes: int,
+    *,
+    kept: Container[str] = (),
+    on_written: Callable[[str, np.ndarray], None] = lambda name, array: None,
 ) -> None:
     """Writes safetensors, with an index where there are several, one tensor in memory at a time.
 
@@ -201,17 +258,16 @@ def write_weights(
         tensors: Name, shape and dtype of each tensor, in the order in which `read` is called.
         read: Makes or reads one tensor.
         max_shard_bytes: A new file is begun before this size is passed.
+        kept: The first of the tensors, where they are in their files already; they are not read.
+        on_written: Called with each of the others when it is in its file.
     """
-    shards = _plan_shards(tensors, max_shard_bytes)
+    shards = plan_shards(tensors, max_shard_bytes)
+    for shard in shards:
+        _write_shard(directory / shard.file, shard, read, kept, on_written)
     if len(shards) == 1:
-        _write_shard(directory / SINGLE_FILE, shards[0], read)
         return
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        shard_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(directory / shard_name, shard, read)
-        weight_map.update({name: shard_name for name, _ in shard})
-    total = sum(info.num_bytes for shard in shards for _, info in shard)
+    weight_map = {name: shard.file for shard in shards for name, _ in shard.tensors}
+    total = sum(info.num_bytes for shard in shards for _, info in shard.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(directory / INDEX_FILE, index)
 
@@ -219,6 +275,26 @@ def write_weights(
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_room(directory: Path, num_bytes: int, held: int = 0) -> None:
+    """Refuses what the disk has no room for.
+
+    Args:
+        directory: A folder that is to be made.
+        num_bytes: Room that it will need.
+        held: How much of that is written already.
+
+    Raises:
+        UserError: The disk has no room.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory.parent).free
+    if free + held < num_bytes:
+        raise UserError(
+            f"{directory}: no space left on the device, {num_bytes:,} bytes are needed and "
+            f"{free + held:,} free; free some or choose another --workdir"
+        )
 
 
 def create_directory(directory: Path, num_bytes: int, fill: Callable[[Path], None]) -> None:
@@ -234,11 +310,7 @@ def create_directory(directory: Path, num_bytes: int, fill: Callable[[Path], Non
     """
     if directory.exists():
         raise UserError(f"{directory}: exists; delete it or choose another --workdir")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory.parent).free
-    no_room = f"{directory}: no space left on the device, {num_bytes:,} bytes are needed"
-    if free < num_bytes:
-        raise UserError(f"{no_room} and {free:,} free; free some or choose another --workdir")
+    check_room(directory, num_bytes)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -247,7 +319,10 @@ def create_directory(directory: Path, num_bytes: int, fill: Callable[[Path], Non
         partial.rename(directory)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(f"{no_room}; free some or choose another --workdir") from None
+            raise UserError(
+                f"{directory}: no space left on the device, {num_bytes:,} bytes are needed; free "
+                "some or choose another --workdir"
+            ) from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -250,6 +250,7 @@ def _grow(setting: Setting, contender: Contender) -> Path:
             folder,
             probe_BT=probe_tokens(base),
             max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
+            say=setting.say,
         )
     return folder
 

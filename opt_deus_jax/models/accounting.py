@@ -34,8 +34,6 @@ class Costs:
             lowest trained block is trained.
         recomputed_flops: FLOPs a token that rematerialisation repeats in the backward pass; no
             part of the other two.
-        expansion_bytes: Memory of expansion beyond the interpreter: two parents, the new block,
-            the widest transport plan with its cost and work space, one vocabulary kernel.
         training_bytes: Memory of training beyond activations: frozen parameters, float32 masters,
             gradients and both AdamW moments of the trained ones.
     """
@@ -46,7 +44,6 @@ class Costs:
     forward_flops: int
     backward_flops: int
     recomputed_flops: int
-    expansion_bytes: int
     training_bytes: int
 
     @property
@@ -184,12 +181,6 @@ def count_costs(
         has_trained_below = has_trained_below or bool(names)
     head_is_trained = ("embedding" if config.tied_embeddings else "head") in trained_outer
     backward += head * (head_is_trained + (has_trained_below or "final_norm" in trained_outer))
-    widest = max(
-        s.shape[-2] if len(s.shape) > 1 else 1
-        for specs in specs_of.values()
-        for s in specs.values()
-    )
-    largest = max(block_size(config, kind) for kind in specs_of)
     kernels = sum(sum(kernels_of[kind].values()) for kind in kinds)
     return Costs(
         parameters=parameters,
@@ -198,6 +189,5 @@ def count_costs(
         forward_flops=kernels + 2 * sum(products) + head,
         backward_flops=backward,
         recomputed_flops=recomputed,
-        expansion_bytes=4 * (3 * largest + 4 * widest**2 + config.vocabulary_size * config.width),
         training_bytes=(parameters - trained) * frozen_bytes + trained * 16,
     )

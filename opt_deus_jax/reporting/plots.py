@@ -11,11 +11,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from scipy import sparse
 
 if TYPE_CHECKING:
     # ott-jax takes a second to import.
-    from opt_deus_jax.transport.diagnostics import MatrixReport
+    from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,40 +34,28 @@ def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": ""})
 
 
-def _pooled(matrix_MN: np.ndarray, size: int) -> np.ndarray:
-    """Sums mass in at most size x size tiles, so that thin entries do not vanish in a picture."""
-    for axis in (0, 1):
-        length = matrix_MN.shape[axis]
-        if length > size:
-            starts = np.linspace(0, length, size, endpoint=False).astype(int)
-            matrix_MN = np.add.reduceat(matrix_MN, starts, axis=axis)
-    return matrix_MN
-
-
 def plot_diagnostics(
     directory: Path,
-    maps: Mapping[str, np.ndarray | sparse.csr_array],
+    pictures: Mapping[str, MapPicture],
     reports: Mapping[int, Sequence[MatrixReport]],
 ) -> None:
     """Draws transport maps of the first new layer and the reports of all of them.
 
     Args:
         directory: Gets `diagnostics.png`.
-        maps: Transport maps [m, n] by matrix, of the first fused layer; signs are not drawn.
+        pictures: Transport maps by matrix, of the first fused layer.
         reports: Reports by depth.
     """
     first_depth = next(iter(reports))
     # Layers with experts and others have different ones.
     names = list(dict.fromkeys(report.name for each in reports.values() for report in each))
-    order = {report.name: report.match_order for report in reports[first_depth]}
-    shown = ("query", "output", "router") if "router" in maps else ("query", "gate", "up")
+    wanted = ("query", "output", "router") if "router" in pictures else ("query", "gate", "up")
+    shown = [name for name in wanted if name in pictures]
     with mpl.rc_context(LOOK):
         figure = Figure(figsize=(11, 7.2), dpi=120, layout="constrained")
         axes = figure.subplots(2, 3)
         for axis, name in zip(axes[0], shown, strict=True):
-            _draw_map(
-                axis, _dense(maps[name]), np.asarray(order[name]), f"{name}, layer {first_depth}"
-            )
+            _draw_map(axis, pictures[name], f"{name}, layer {first_depth}")
         panels = (
             ("match_gain", "matched cost / mean cost", "below 1: the match finds alike neurons"),
             ("effective_sources", "sources a neuron", "1: a permutation; more: neurons mix"),
@@ -92,19 +79,15 @@ def plot_diagnostics(
         save(figure, directory / PICTURE)
 
 
-def _dense(map_MN: np.ndarray | sparse.csr_array) -> np.ndarray:
-    return np.abs(map_MN if isinstance(map_MN, np.ndarray) else map_MN.toarray())
-
-
-def _draw_map(axis, map_MN: np.ndarray, match: np.ndarray, title: str) -> None:
-    # B's neurons sorted by the A neuron that each matches best: a good match is a diagonal.
-    pooled = _pooled(map_MN[:, np.argsort(match, kind="stable")], 192)
-    floor = max(float(pooled.max()) * 1e-4, 1e-12)
+def _draw_map(axis, picture: MapPicture, title: str) -> None:
+    # B's neurons are sorted by the A neuron that each matches best: a good match is a diagonal.
+    rows, columns = picture.shape
+    floor = max(float(picture.mass.max()) * 1e-4, 1e-12)
     image = axis.imshow(
-        np.maximum(pooled, floor),
-        norm=LogNorm(floor, pooled.max()),
+        np.maximum(picture.mass, floor),
+        norm=LogNorm(floor, picture.mass.max()),
         cmap="cividis",
-        extent=(0, map_MN.shape[1], map_MN.shape[0], 0),
+        extent=(0, columns, rows, 0),
         aspect="auto",
         interpolation="nearest",
     )

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from opt_deus_jax.models.accounting import Costs
 from opt_deus_jax.models.layer_kinds import LayerKind
+from opt_deus_jax.upscaling.forecast import Forecast, Speed, forecast_seconds
 from opt_deus_jax.upscaling.identity import IdentityReport
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.lesa import PredictorReport
@@ -63,12 +64,22 @@ def costs_table(costs: Costs, title: str) -> Table:
         ("FLOPs a token, forward", f"{costs.forward_flops:,}"),
         ("FLOPs a token, backward", f"{costs.backward_flops:,}"),
         ("FLOPs a token, recomputed", f"{costs.recomputed_flops:,}"),
-        ("memory of expansion", f"{costs.expansion_bytes / 2**30:.2f} GiB"),
         ("memory of training, without activations", f"{costs.training_bytes / 2**30:.2f} GiB"),
     )
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def forecast_line(made: Forecast, speed: Speed) -> str:
+    """One sentence about what an expansion takes."""
+    seconds = forecast_seconds(made, speed)
+    shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return (
+        f"expansion: about {made.memory_bytes / 2**30:.1f} GiB of memory ({made.peak}), "
+        f"{made.disk_bytes / 2**30:.1f} GiB of disk and {shown} here, at {speed.flops / 1e9:.0f} "
+        f"GFLOP/s and {speed.table_bytes / 1e9:.0f} GB/s"
+    )
 
 
 def diagnostics_table(reports: Mapping[int, Sequence[MatrixReport]]) -> Table:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,23 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import sparse, special
 
-from opt_deus_jax.transport.sinkhorn import Coupling
+from opt_deus_jax.transport.plan import Coupling, Plan, row_sums_of_tiles, strongest_sources
 
 _ROWS_AT_ONCE = 1024
+_PICTURE_SIZE = 192
+
+
+class MapPicture(NamedTuple):
+    """A map as it is drawn: small, whatever the size of the map.
+
+    Attributes:
+        mass: sums of the map's absolute entries in at most 192 x 192 tiles, so that thin entries
+            do not vanish; targets sorted by their strongest source.
+        shape: of the map.
+    """
+
+    mass: Float[np.ndarray, "s t"]
+    shape: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +62,24 @@ class MatrixReport:
     match_order: tuple[int, ...]
 
 
+def report_from_json(fields: Mapping[str, Any]) -> MatrixReport:
+    """The report of which `dataclasses.asdict` was written as JSON."""
+    return MatrixReport(**{**fields, "match_order": tuple(fields["match_order"])})
+
+
+def picture_to_json(picture: MapPicture) -> dict[str, Any]:
+    """A picture as JSON, every bit kept."""
+    mass = np.ascontiguousarray(picture.mass, np.float32)
+    encoded = base64.b64encode(mass.tobytes()).decode()
+    return {"mass": encoded, "tiles": mass.shape, "shape": picture.shape}
+
+
+def picture_from_json(fields: Mapping[str, Any]) -> MapPicture:
+    """Undoes `picture_to_json`."""
+    mass = np.frombuffer(base64.b64decode(fields["mass"]), np.float32)
+    return MapPicture(mass.reshape(fields["tiles"]), tuple(fields["shape"]))
+
+
 def report(
     name: str,
     coupling: Coupling,
@@ -57,8 +92,10 @@ def report(
     A ratio of 0 to 0 counts as 1, of anything else to 0 as infinite. Not for use inside `jax.jit`.
     """
     norms = jnp.stack([_norm(kernel) for kernel in (fused, previous, next)])
-    match_order = jnp.argmax(coupling.plan_MN, axis=0)
-    host, norms, match_order = jax.device_get((coupling._replace(plan_MN=None), norms, match_order))
+    match_order = strongest_sources(coupling.plan_MN)
+    host, norms, match_order = jax.device_get(
+        (coupling._replace(plan_MN=jnp.zeros(0)), norms, match_order)
+    )
     norm_fused, norm_previous, norm_next = (float(norm) for norm in norms)
     return MatrixReport(
         name=name,
@@ -103,6 +140,36 @@ def report_map(
         match_gain=_ratio(float(matched), _mean_distance(previous, next)),
         match_order=tuple(np.asarray(abs(map_MN).argmax(axis=0)).ravel().tolist()),
     )
+
+
+def picture_of(
+    map_MN: Plan | np.ndarray | sparse.csr_array, match_order: tuple[int, ...]
+) -> MapPicture:
+    """Sums up a map for a heat map.
+
+    Args:
+        map_MN: a plan, or a map that was applied.
+        match_order: `MatrixReport.match_order`.
+
+    Returns:
+        The picture.
+    """
+    m, n = (int(size) for size in map_MN.shape)  # pyright: ignore[reportOptionalIterable]
+    starts_S, starts_T = (
+        np.linspace(0, size, min(size, _PICTURE_SIZE), endpoint=False).astype(int)
+        for size in (m, n)
+    )
+    if isinstance(map_MN, sparse.csr_array):
+        tile_M = np.searchsorted(starts_S, np.arange(m), side="right") - 1
+        in_tile_SM = sparse.csr_array((np.ones(m, np.float32), (tile_M, np.arange(m))))
+        rows_SN = (in_tile_SM @ abs(map_MN)).toarray()
+    else:
+        # A soft symmetric map has signs.
+        rows_SN = row_sums_of_tiles(
+            abs(map_MN) if isinstance(map_MN, np.ndarray) else map_MN, starts_S
+        )
+    sorted_SN = rows_SN[:, np.argsort(np.asarray(match_order), kind="stable")]
+    return MapPicture(np.add.reduceat(sorted_SN, starts_T, axis=1), (m, n))
 
 
 def _mean_distance(previous: np.ndarray, next: np.ndarray) -> float:

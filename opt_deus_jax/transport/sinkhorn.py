@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import acceleration, sinkhorn
+
+from opt_deus_jax.transport.plan import Coupling, Plan, ScaledKernel
 
 # What OpT-DeUS's authors use: absolute, whatever the size of the weights.
 REFERENCE_EPSILON = 0.06
@@ -36,37 +38,14 @@ _KERNEL_ROUND_ITERATIONS = 200
 # ott measures the error, and may stop, every so many iterations.
 _INNER_ITERATIONS = 10
 # Within a kernel round ott sets its over-relaxation here, from the contraction seen until then.
-_MOMENTUM_START = 50
-# A kernel entry that underflows is below 1e-38. Scalings of at most e^20 on either side could raise
-# it to 1e-38 * e^40 = 2e-21, far below float32's resolution of any marginal: nothing is lost.
-_MAX_LOG_SCALING = 20.0
+MOMENTUM = acceleration.Momentum(start=50)
+# A kernel entry that underflows is below 1e-38. Scalings of rows and columns of together at most
+# e^40 could raise it to 2e-21, far below float32's resolution of any marginal: nothing is lost.
+_MAX_LOG_SCALING = 40.0
+# Beyond e^+-88 a scaling itself is not a float32 number.
+_MAX_LOG_EXTREME = 80.0
 # Keeps 0/0 out of the exponent when all rows are equal and the mean cost is thus 0.
-_MIN_EPSILON = 1e-20
-
-
-class Coupling(NamedTuple):
-    """A transport plan between M source and N target rows, and how it came about.
-
-    A pytree of arrays: it may be returned from `jax.jit`.
-
-    Attributes:
-        plan_MN: float32, total mass 1, rows sum to 1/M and columns to 1/N.
-        converged: whether `marginal_error` is below the threshold that was asked for.
-        iterations: Sinkhorn iterations that were run.
-        marginal_error: L1 distance to uniform of `plan_MN`'s row sums plus that of its column sums.
-        mean_cost: mean over all pairs of rows of their Euclidean distance.
-        matched_cost: sum of plan times cost.
-        effective_sources: exp of the mean, over targets, of the entropy of the target's column
-            normalised to 1. 1 for a permutation, M for the uniform plan.
-    """
-
-    plan_MN: Float[Array, "m n"]
-    converged: Bool[Array, ""]
-    iterations: Int[Array, ""]
-    marginal_error: Float[Array, ""]
-    mean_cost: Float[Array, ""]
-    matched_cost: Float[Array, ""]
-    effective_sources: Float[Array, ""]
+MIN_EPSILON = 1e-20
 
 
 class _State(NamedTuple):
@@ -104,6 +83,17 @@ def check_rows(source_MD: jax.Array, target_ND: jax.Array) -> None:
         raise ValueError(f"transport needs at least one row and one column, got shapes {shapes}")
 
 
+def check_settings(epsilon: float, threshold: float, max_iterations: int) -> None:
+    """Raises ValueError unless the settings of `solve_sinkhorn` are in range."""
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"epsilon must be a finite number above 0, got {epsilon}")
+    if threshold <= 0 or max_iterations < 1:
+        raise ValueError(
+            "threshold must be above 0 and max_iterations at least 1, "
+            f"got {threshold} and {max_iterations}"
+        )
+
+
 def euclidean_cost(
     source_MD: Float[Array, "m d"], target_ND: Float[Array, "n d"]
 ) -> Float[Array, "m n"]:
@@ -125,12 +115,30 @@ def euclidean_cost(
     square_MN = source_square_M[:, None] + target_square_N[None, :] - 2.0 * inner_MN
     cost_MN = jnp.sqrt(jnp.maximum(square_MN, 0.0))
 
+    return put_nearest(cost_MN, *find_nearest(cost_MN, source_MD, target_ND))
+
+
+def find_nearest(
+    cost_MN: jax.Array, source_MD: jax.Array, target_ND: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Each row's nearest on the other side, and its distance by direct difference."""
     source_of_N = jnp.argmin(cost_MN, axis=0)
     target_of_M = jnp.argmin(cost_MN, axis=1)
     exact_N = jnp.linalg.norm(source_MD[source_of_N] - target_ND, axis=1)
     exact_M = jnp.linalg.norm(source_MD - target_ND[target_of_M], axis=1)
-    cost_MN = cost_MN.at[source_of_N, jnp.arange(len(target_ND))].set(exact_N)
-    return cost_MN.at[jnp.arange(len(source_MD)), target_of_M].set(exact_M)
+    return source_of_N, exact_N, target_of_M, exact_M
+
+
+def put_nearest(
+    cost_MN: jax.Array,
+    source_of_N: jax.Array,
+    exact_N: jax.Array,
+    target_of_M: jax.Array,
+    exact_M: jax.Array,
+) -> jax.Array:
+    """Sets the distances that `find_nearest` gives."""
+    cost_MN = cost_MN.at[source_of_N, jnp.arange(len(exact_N))].set(exact_N)
+    return cost_MN.at[jnp.arange(len(exact_M)), target_of_M].set(exact_M)
 
 
 _compiled_cost = jax.jit(euclidean_cost)
@@ -154,10 +162,10 @@ def solve_sinkhorn(
     kernel exp((f + g - C) / epsilon), whose entries are all at most about a marginal, is computed
     once, ott iterates on it in scaling mode with adaptive over-relaxation (Lehmann et al. 2021,
     arXiv 2012.12562), and the scalings u, v are absorbed into the potentials (Schmitzer 2019, arXiv
-    1610.06519). A round whose scalings are not finite or leave e^-20..e^20, or whose kernel has an
-    empty column, could have been harmed by underflow: it is discarded and log-domain iterations are
-    run in its place. The plan is u K v, whose float32 marginals are several times better than those
-    of a plan computed anew from the potentials.
+    1610.06519). A round whose scalings are not finite or reach e^40 together, or
+    whose kernel has an empty column, could have been harmed by underflow: it is discarded and
+    log-domain iterations are run in its place. The plan is u K v, whose float32 marginals are
+    several times better than those of a plan computed anew from the potentials.
 
     May be called inside `jax.jit`.
 
@@ -209,13 +217,7 @@ def solve_sinkhorn_for_cost(
     Raises:
         ValueError: if a setting is out of range.
     """
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise ValueError(f"epsilon must be a finite number above 0, got {epsilon}")
-    if threshold <= 0 or max_iterations < 1:
-        raise ValueError(
-            "threshold must be above 0 and max_iterations at least 1, "
-            f"got {threshold} and {max_iterations}"
-        )
+    check_settings(epsilon, threshold, max_iterations)
     return _solve(
         cost_MN,
         jnp.float32(epsilon),
@@ -225,9 +227,12 @@ def solve_sinkhorn_for_cost(
     )
 
 
-def barycentric_map(coupling: Coupling) -> Float[Array, "m n"]:
-    """The plan times N, so that each target receives mass 1; apply it as `map_MN.T @ source_MD`."""
-    return coupling.plan_MN * coupling.plan_MN.shape[1]
+def barycentric_map(coupling: Coupling) -> Plan:
+    """The plan times N, so that each target receives mass 1; `move_rows` applies it."""
+    plan_MN = coupling.plan_MN
+    if isinstance(plan_MN, ScaledKernel):
+        return plan_MN._replace(target_scaling_N=plan_MN.target_scaling_N * plan_MN.shape[1])
+    return plan_MN * plan_MN.shape[1]
 
 
 def plan_entropy(plan_MN: Float[Array, "m n"]) -> Float[Array, ""]:
@@ -254,7 +259,7 @@ def _solve(
 ) -> Coupling:
     mean_cost = jnp.mean(cost_MN)
     if relative:
-        epsilon = jnp.maximum(epsilon * mean_cost, _MIN_EPSILON)
+        epsilon = jnp.maximum(epsilon * mean_cost, MIN_EPSILON)
     m, n = cost_MN.shape
     warm = min(_WARM_ITERATIONS, max_iterations)
     state = _State(jnp.zeros(m), jnp.zeros(n), jnp.zeros((m, n)), jnp.float32(0), jnp.int32(0))
@@ -291,11 +296,12 @@ def _solve(
     )
 
 
-def _kernel(f_M: jax.Array, g_N: jax.Array, cost_MN: jax.Array, epsilon: jax.Array) -> jax.Array:
+def kernel_of(f_M: jax.Array, g_N: jax.Array, cost_MN: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """The plan that potentials stand for."""
     return jnp.exp((f_M[:, None] + g_N[None, :] - cost_MN) / epsilon)
 
 
-def _run_ott(
+def run_ott(
     geom: geometry.Geometry, init: tuple[jax.Array, jax.Array], iterations: int, **options: Any
 ) -> tuple[sinkhorn.SinkhornOutput, jax.Array]:
     """Runs ott's solver for at most `iterations`; its output and how many iterations it ran."""
@@ -313,37 +319,67 @@ def _log_round(
 ) -> _State:
     """Continues in the log domain, which can neither underflow nor overflow."""
     geom = geometry.Geometry(cost_MN, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
-    out, ran = _run_ott(
+    out, ran = run_ott(
         geom, (state.f_M, state.g_N), iterations, lse_mode=True, threshold=0.5 * threshold
     )
-    plan_MN = _kernel(out.f, out.g, cost_MN, epsilon)
+    plan_MN = kernel_of(out.f, out.g, cost_MN, epsilon)
     error = plan_marginal_error(plan_MN)
     return _State(out.f, out.g, plan_MN, error, state.iterations + ran)
+
+
+class Scalings(NamedTuple):
+    """Logarithms of what rows and columns of a kernel are multiplied by."""
+
+    log_u_M: jax.Array
+    log_v_N: jax.Array
+
+
+def scale_kernel(
+    kernel_MN: jax.Array,
+    start: Scalings,
+    epsilon: jax.Array,
+    threshold: jax.Array,
+    iterations: int,
+    **options: Any,
+) -> tuple[Scalings, jax.Array]:
+    """Iterates in scaling mode on a kernel; the scalings and how many iterations were run."""
+    geom = _KernelGeometry(
+        kernel_matrix=kernel_MN,
+        epsilon=epsilon,  # pyright: ignore[reportArgumentType]
+    )
+    # ott sees the error of one marginal only: half the threshold leaves room for the other.
+    out, ran = run_ott(
+        geom,
+        (jnp.exp(start.log_u_M), jnp.exp(start.log_v_N)),
+        iterations,
+        lse_mode=False,
+        threshold=0.5 * threshold,
+        **options,
+    )
+    return Scalings(out.f / epsilon, out.g / epsilon), ran
+
+
+def are_trusted(kernel_MN: jax.Array, scalings: Scalings) -> jax.Array:
+    """Whether nothing that counts can have been lost to underflow."""
+    highest = [jnp.max(log) for log in scalings]
+    extremes = jnp.stack([jnp.max(jnp.abs(log)) for log in scalings])
+    is_small = (highest[0] + highest[1] < _MAX_LOG_SCALING) & jnp.all(extremes < _MAX_LOG_EXTREME)
+    # ott leaves the scaling of an empty column at its marginal, which looks harmless.
+    return is_small & (jnp.min(jnp.sum(kernel_MN, axis=0)) > 0)
 
 
 def _kernel_round(
     state: _State, cost_MN: jax.Array, epsilon: jax.Array, threshold: jax.Array, iterations: int
 ) -> tuple[_State, jax.Array]:
     """Continues in scaling mode on the potentials' kernel; also whether to trust the result."""
-    kernel_MN = _kernel(state.f_M, state.g_N, cost_MN, epsilon)
-    geom = _KernelGeometry(
-        kernel_matrix=kernel_MN,
-        epsilon=epsilon,  # pyright: ignore[reportArgumentType]
+    kernel_MN = kernel_of(state.f_M, state.g_N, cost_MN, epsilon)
+    start = Scalings(jnp.zeros_like(state.f_M), jnp.zeros_like(state.g_N))
+    scalings, ran = scale_kernel(
+        kernel_MN, start, epsilon, threshold, iterations, momentum=MOMENTUM
     )
-    # ott sees the error of one marginal only: half the threshold leaves room for the other.
-    out, ran = _run_ott(
-        geom,
-        (jnp.ones_like(state.f_M), jnp.ones_like(state.g_N)),
-        iterations,
-        lse_mode=False,
-        threshold=0.5 * threshold,
-        momentum=acceleration.Momentum(start=_MOMENTUM_START),
-    )
-    log_u_M, log_v_N = out.f / epsilon, out.g / epsilon
-    largest = jnp.maximum(jnp.max(jnp.abs(log_u_M)), jnp.max(jnp.abs(log_v_N)))
-    # ott leaves the scaling of an empty column at its marginal, which looks harmless.
-    trusted = (largest < _MAX_LOG_SCALING) & (jnp.min(jnp.sum(kernel_MN, axis=0)) > 0)
-    plan_MN = jnp.exp(log_u_M)[:, None] * kernel_MN * jnp.exp(log_v_N)[None, :]
+    u_M, v_N = (jnp.exp(log) for log in scalings)
+    plan_MN = u_M[:, None] * kernel_MN * v_N[None, :]
     error = plan_marginal_error(plan_MN)
-    new = _State(state.f_M + out.f, state.g_N + out.g, plan_MN, error, state.iterations + ran)
-    return new, trusted
+    f_M, g_N = state.f_M + epsilon * scalings.log_u_M, state.g_N + epsilon * scalings.log_v_N
+    new = _State(f_M, g_N, plan_MN, error, state.iterations + ran)
+    return new, are_trusted(kernel_MN, scalings)

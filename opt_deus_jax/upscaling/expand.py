@@ -1,7 +1,6 @@
 """Streams a base checkpoint into a grown one, a block at a time."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from opt_deus_jax.checkpoints.checksum import json_checksum
 from opt_deus_jax.checkpoints.fused import fuse, split_fused
 from opt_deus_jax.checkpoints.hf import (
     combine_hashes,
-    create_directory,
-    hash_array,
     open_hf_directory,
+    plan_shards,
     write_json,
     write_weights,
 )
+from opt_deus_jax.checkpoints.journal import Journal, create_resumable
 from opt_deus_jax.checkpoints.manifest import (
     Manifest,
     manifest_of,
@@ -28,17 +28,24 @@ from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, grown_hf_config, read_model_config
-from opt_deus_jax.models.params import block_specs, outer_specs
-from opt_deus_jax.transport.diagnostics import MatrixReport
+from opt_deus_jax.models.params import ParamSpec, block_specs, outer_specs
+from opt_deus_jax.transport.diagnostics import (
+    MapPicture,
+    MatrixReport,
+    picture_from_json,
+    picture_to_json,
+    report_from_json,
+)
+from opt_deus_jax.upscaling.base_tensors import BaseTensors, Parent, changed_tensor
 from opt_deus_jax.upscaling.experts import check_parents
 from opt_deus_jax.upscaling.fusion import fuse_blocks, transport_epsilon
 from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.lesa import Lesa, PredictorReport, check_predictable, learn_block
 from opt_deus_jax.upscaling.methods import Method, layer_parents, plan_layers, resolve_method
-from opt_deus_jax.upscaling.new_block import Fused, TransportMap
+from opt_deus_jax.upscaling.new_block import Fused
 
-Draw = Callable[[Path, Mapping[str, TransportMap], dict[int, tuple[MatrixReport, ...]]], None]
+Draw = Callable[[Path, Mapping[str, MapPicture], dict[int, tuple[MatrixReport, ...]]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +76,9 @@ class _Plan:
     parents: tuple[int, ...]
 
 
-def _finite_float32(source: CheckpointSource, name: str) -> np.ndarray:
-    array = source.read(name).astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
-        raise UserError(
-            f"{source.name}: tensor {name} holds NaN or Inf; fetch the checkpoint again"
-        )
-    return array
-
-
-def _read_block(source: CheckpointSource, config: ModelConfig, layer: int) -> dict[str, np.ndarray]:
-    return {
-        name: _finite_float32(source, spec.hf_name.format(layer=layer))
-        for name, spec in block_specs(config, config.layer_kinds[layer]).items()
-    }
+def _specs(plan: _Plan, origin: LayerOrigin) -> dict[str, ParamSpec]:
+    """The parameters of a layer of the grown model."""
+    return block_specs(plan.config, plan.config.layer_kinds[plan.parents[origin.depth]])
 
 
 def _planned_tensors(source: CheckpointSource, plan: _Plan) -> dict[str, tuple[TensorInfo, str]]:
@@ -93,7 +89,7 @@ def _planned_tensors(source: CheckpointSource, plan: _Plan) -> dict[str, tuple[T
     for origin, like in zip(plan.layers, plan.parents, strict=True):
         names += [
             (spec.hf_name.format(layer=origin.depth), spec.hf_name.format(layer=like))
-            for spec in block_specs(plan.config, plan.config.layer_kinds[like]).values()
+            for spec in _specs(plan, origin).values()
         ]
     names += [(spec.hf_name, spec.hf_name) for key, spec in outer.items() if key != "embedding"]
     for name, like in names:
@@ -101,21 +97,11 @@ def _planned_tensors(source: CheckpointSource, plan: _Plan) -> dict[str, tuple[T
     return planned
 
 
-def _fuse_layer(
-    source: CheckpointSource,
-    plan: _Plan,
-    origin: LayerOrigin,
-    upper: dict[int, dict[str, np.ndarray]],
-    lesa: Lesa | None,
-) -> Fused:
-    """Fuses one layer; `upper` keeps the last parent B, which is often the next layer's A."""
+def _fuse_layer(base: BaseTensors, plan: _Plan, origin: LayerOrigin, lesa: Lesa | None) -> Fused:
     if origin.previous is None:
         raise ValueError(f"layer {origin.depth} has no parent")
-    previous = upper.pop(origin.previous, None) or _read_block(source, plan.config, origin.previous)
-    next_ = previous if origin.next is None else _read_block(source, plan.config, origin.next)
-    upper.clear()
-    if origin.next is not None:
-        upper[origin.next] = next_
+    previous = Parent(base, plan.config, origin.previous)
+    next_ = previous if origin.next is None else Parent(base, plan.config, origin.next)
     return fuse_blocks(
         previous,
         next_,
@@ -144,61 +130,91 @@ def _check_converged(depth: int, reports: tuple[MatrixReport, ...]) -> None:
 
 
 class _Reader:
-    """Makes each tensor of the grown model in the order in which it is written."""
+    """Makes each tensor of the grown model in the order in which it is written.
+
+    What it learns on the way goes into the journal with the tensor by which it is learned, and
+    comes back from there when the tensor is kept.
+    """
 
     def __init__(
         self, source: CheckpointSource, plan: _Plan, on_layer: Callable[[LayerOrigin], None]
     ):
-        self.source, self.plan, self.on_layer = source, plan, on_layer
+        self.plan, self.on_layer = plan, on_layer
+        self.base = BaseTensors(source)
         self.planned = _planned_tensors(source, plan)
         self.fused_tensors: dict[str, np.ndarray] = {}
-        self.upper: dict[int, dict[str, np.ndarray]] = {}
         self.reports: dict[int, tuple[MatrixReport, ...]] = {}
-        self.sample_maps: Mapping[str, TransportMap] = {}
-        self.base_hashes: dict[str, str] = {}
+        self.pictures: Mapping[str, MapPicture] = {}
+        self.predictors: tuple[PredictorReport, ...] = ()
         self.lesa: Lesa | None = None
-        specs = block_specs(plan.config, plan.config.layer_kinds[0])
-        first = next(iter(specs.values())).hf_name
-        self.layer_at = {first.format(layer=origin.depth): origin for origin in plan.layers}
+        self.note: dict[str, Any] = {}
+        self.layer_of: dict[str, LayerOrigin] = {}
+        self.first_of: dict[str, LayerOrigin] = {}
+        for origin in plan.layers:
+            names = [
+                spec.hf_name.format(layer=origin.depth) for spec in _specs(plan, origin).values()
+            ]
+            self.layer_of |= dict.fromkeys(names, origin)
+            self.first_of[names[0]] = origin
 
     def read(self, name: str) -> np.ndarray:
-        origin = self.layer_at.get(name)
-        if origin is not None:
-            self.on_layer(origin)
-            if origin.base_layer is None:
-                self._fuse(origin)
-        if name in self.fused_tensors:
-            return self.fused_tensors.pop(name)
-        like = self.planned[name][1]
-        array = self.source.read(like)
-        if not np.isfinite(array.astype(np.float32, copy=False)).all():
-            raise UserError(
-                f"{self.source.name}: tensor {like} holds NaN or Inf; fetch the checkpoint again"
-            )
-        if like not in self.base_hashes:
-            self.base_hashes[like] = hash_array(array)
-        return array
+        if name in self.first_of:
+            self.on_layer(self.first_of[name])
+        origin = self.layer_of.get(name)
+        if origin is None or origin.base_layer is not None:
+            return self.base.read(self.planned[name][1])
+        if name not in self.fused_tensors:
+            self._fuse(origin)
+        return self.fused_tensors.pop(name)
+
+    def take_note(self) -> dict[str, Any]:
+        """What was learned since the last call, as JSON."""
+        note, self.note = self.note, {}
+        if hashes := self.base.take_new_hashes():
+            note["base"] = hashes
+        return note
+
+    def restore(self, name: str, note: Mapping[str, Any]) -> None:
+        """Learns what was noted with a tensor that is kept."""
+        if name in self.first_of:
+            self.on_layer(self.first_of[name])
+        self.base.hashes |= note.get("base", {})
+        if "reports" in note:
+            self.reports[note["depth"]] = tuple(map(report_from_json, note["reports"]))
+        if "predictors" in note:
+            self.predictors = tuple(PredictorReport(**fields) for fields in note["predictors"])
+        if "pictures" in note:
+            self.pictures = {k: picture_from_json(v) for k, v in note["pictures"].items()}
+
+    def _learn(self) -> None:
+        self.lesa = learn_block(
+            lambda name: self.base.read(name).astype(np.float32, copy=False),
+            self.plan.config,
+            zero_init=self.plan.method.zero_init,
+            norms=self.plan.upscale.lesa_norms,
+            seed=self.plan.upscale.seed,
+        )
+        self.predictors = self.lesa.reports
+        self.note["predictors"] = [dataclasses.asdict(report) for report in self.predictors]
 
     def _fuse(self, origin: LayerOrigin) -> None:
+        # Some of a layer that was begun before a kill may be kept, and not be asked for.
+        self.fused_tensors.clear()
         if self.plan.method.weights == "predicted" and self.lesa is None:
-            self.lesa = learn_block(
-                functools.partial(_finite_float32, self.source),
-                self.plan.config,
-                zero_init=self.plan.method.zero_init,
-                norms=self.plan.upscale.lesa_norms,
-                seed=self.plan.upscale.seed,
-            )
-        fused = _fuse_layer(self.source, self.plan, origin, self.upper, self.lesa)
+            self._learn()
+        fused = _fuse_layer(self.base, self.plan, origin, self.lesa)
         _check_converged(origin.depth, fused.reports)
         self.reports[origin.depth] = fused.reports
-        if not self.sample_maps:
-            self.sample_maps = fused.maps
-        kind = self.plan.config.layer_kinds[self.plan.parents[origin.depth]]
-        for key, spec in block_specs(self.plan.config, kind).items():
+        reports = [dataclasses.asdict(report) for report in fused.reports]
+        self.note |= {"depth": origin.depth, "reports": reports}
+        if not self.pictures and fused.pictures:
+            self.pictures = fused.pictures
+            pictures = {name: picture_to_json(p) for name, p in fused.pictures.items()}
+            self.note["pictures"] = pictures
+        for key, spec in _specs(self.plan, origin).items():
             hf_name = spec.hf_name.format(layer=origin.depth)
-            array = fused.block[key]
-            cast = array.astype(self.planned[hf_name][0].dtype)
-            if not np.isfinite(cast.astype(np.float32, copy=False)).all():
+            cast = fused.block.pop(key).astype(self.planned[hf_name][0].dtype)
+            if not np.isfinite(cast).all():
                 raise UserError(
                     f"new layer {origin.depth}: {key} is not finite after fusion; raise "
                     "upscale.epsilon or use another upscale.transport"
@@ -267,13 +283,15 @@ def expand_checkpoint(
     probe_BT: Int[np.ndarray, "b t"],
     max_shard_bytes: int,
     on_layer: Callable[[LayerOrigin], None] = lambda origin: None,
-    draw: Draw = lambda directory, maps, reports: None,
+    draw: Draw = lambda directory, pictures, reports: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Expansion:
     """Writes the grown model and proves what it computes.
 
     The folder appears under its name only when it is complete and, if zero-initialised, proven
     identical; at most two blocks, one plan and one tensor are in memory at a time (with method
-    `lesa` also what `learn_block` holds).
+    `lesa` also what `learn_block` holds). What a killed expansion has written is checked by its
+    hashes and kept, and the result is the same.
 
     Args:
         source: The base.
@@ -282,7 +300,8 @@ def expand_checkpoint(
         probe_BT: Token ids on which the grown model is run against its base.
         max_shard_bytes: Size above which safetensors are split.
         on_layer: Called before each layer is made, for progress.
-        draw: Leaves a picture; given the folder, the first new layer's maps and all reports.
+        draw: Leaves a picture; given the folder, the first new layer's pictures and all reports.
+        say: Told what is kept of an expansion that was killed.
 
     Returns:
         The manifest, the reports, and the distance from the base.
@@ -303,24 +322,48 @@ def expand_checkpoint(
     reader = _Reader(source, plan, on_layer)
     planned = {name: info for name, (info, _) in reader.planned.items()}
     tensors, read = fuse(planned, reader.read, config, len(layers))
+    shards = plan_shards(tensors, max_shard_bytes)
     made: list[tuple[Manifest, IdentityReport]] = []
 
-    def fill(partial: Path) -> None:
-        write_weights(partial, tensors, read, max_shard_bytes)
+    def fill(partial: Path, journal: Journal) -> None:
+        kept = journal.keep_written(partial, shards)
+        if changed := changed_tensor(source, kept.values()):
+            say(f"{source.name}: tensor {changed} has changed; {partial} is made anew")
+            kept = journal.keep_none()
+        elif kept:
+            say(f"{directory}: {len(kept)} of {len(tensors)} tensors are written, and kept")
+        for name, note in kept.items():
+            reader.restore(name, note)
+
+        def on_written(name: str, array: np.ndarray) -> None:
+            journal.append(name, array, reader.take_note())
+
+        write_weights(partial, tensors, read, max_shard_bytes, kept=kept, on_written=on_written)
         for file, content in source.side_files.items():
             (partial / file).write_bytes(content)
         write_json(partial / "config.json", grown_hf_config(source.hf_config, plan.parents))
         grown = open_hf_directory(partial, str(directory))
         identity = _prove(source, grown, plan, probe_BT)
         (partial / "README.md").write_text(_model_card(source.name, plan, identity))
-        if reader.sample_maps:
-            draw(partial, reader.sample_maps, reader.reports)
+        if reader.pictures:
+            draw(partial, reader.pictures, reader.reports)
         made.append((_manifest(source, plan, reader, identity), identity))
         write_manifest(partial, made[0][0])
 
-    create_directory(directory, sum(info.num_bytes for _, info in tensors), fill)
-    predictors = reader.lesa.reports if reader.lesa else ()
-    return Expansion(directory, made[0][0], reader.reports, made[0][1], predictors)
+    num_bytes = sum(info.num_bytes for _, info in tensors)
+    create_resumable(directory, num_bytes, _made_from(plan, source, max_shard_bytes), fill, say)
+    return Expansion(directory, made[0][0], reader.reports, made[0][1], reader.predictors)
+
+
+def _made_from(plan: _Plan, source: CheckpointSource, max_shard_bytes: int) -> dict[str, Any]:
+    """All that the written tensors depend on; the base's numbers are hashed as they are read."""
+    tensors = {name: [info.shape, info.dtype.name] for name, info in source.tensors.items()}
+    return {
+        "base": json_checksum([source.hf_config, tensors]),
+        "upscale": dataclasses.asdict(plan.upscale),
+        "max_shard_bytes": max_shard_bytes,
+        "versions": software_versions(),
+    }
 
 
 def _manifest(
@@ -334,7 +377,7 @@ def _manifest(
         base={
             "name": Path(source.name).name,
             "num_layers": plan.config.num_layers,
-            "sha256": combine_hashes(reader.base_hashes),
+            "sha256": combine_hashes(reader.base.hashes),
         },
         identity=dataclasses.asdict(identity),
         diagnostics=tuple(
@@ -345,6 +388,6 @@ def _manifest(
             for depth, reports in reader.reports.items()
             for report in reports
         )
-        + tuple(map(dataclasses.asdict, reader.lesa.reports if reader.lesa else ())),
+        + tuple(map(dataclasses.asdict, reader.predictors)),
         versions=software_versions(),
     )

@@ -11,17 +11,18 @@ from jaxtyping import Array, Float
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.transport.assignment import solve_assignment
-from opt_deus_jax.transport.diagnostics import MatrixReport, report
+from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport, picture_of, report
+from opt_deus_jax.transport.plan import Coupling, Plan, ScaledKernel, move_columns, move_rows
 from opt_deus_jax.transport.sinkhorn import (
     DEFAULT_RELATIVE_EPSILON,
     REFERENCE_EPSILON,
-    Coupling,
     barycentric_map,
     solve_sinkhorn,
 )
+from opt_deus_jax.transport.wide import is_wide, solve_wide
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
-from opt_deus_jax.upscaling.experts import fuse_experts
+from opt_deus_jax.upscaling.experts import EXPERT_PARAMETERS, fuse_experts
 from opt_deus_jax.upscaling.features import shift_norms
 from opt_deus_jax.upscaling.lesa import Lesa, predict_block
 from opt_deus_jax.upscaling.new_block import Block, Fused
@@ -33,7 +34,7 @@ class Aligned(NamedTuple):
     """A kernel of parent A moved onto the rows of parent B's and averaged with it."""
 
     coupling: Coupling
-    map_MN: Float[Array, "m n"]
+    map_MN: Plan
     fused_ND: Float[Array, "n d"]
 
 
@@ -45,20 +46,17 @@ def transport_epsilon(transport: str, epsilon: float | None) -> float:
 
 
 @jax.jit
-def _average(map_MN: Array, previous: Array, next_: Array) -> Array:
-    moved = jnp.matmul(map_MN.T, previous, precision=jax.lax.Precision.HIGHEST)
-    return (moved + next_) / 2
+def _average(map_MN: Plan, previous: Array, next_: Array) -> Array:
+    return (move_rows(map_MN, previous) + next_) / 2
 
 
-@jax.jit
-def _move_columns(kernel_MD: Array, map_DE: Array) -> Array:
-    return jnp.matmul(kernel_MD, map_DE, precision=jax.lax.Precision.HIGHEST)
+_move_columns = jax.jit(move_columns)
 
 
 @functools.partial(jax.jit, static_argnames=("transport", "epsilon"))
 def _align_by_sinkhorn(
     previous_MD: Array, next_ND: Array, *, transport: str, epsilon: float
-) -> tuple[Coupling, Array]:
+) -> tuple[Coupling, Plan]:
     relative = transport == "barycentric"
     coupling = solve_sinkhorn(previous_MD, next_ND, epsilon=epsilon, relative=relative)
     # The authors apply the coupling itself, whose columns sum to 1/n.
@@ -89,6 +87,10 @@ def align(
     if transport == "assignment":
         coupling = solve_assignment(previous_MD, next_ND)
         map_MN = barycentric_map(coupling)
+    elif is_wide(len(previous_MD), len(next_ND)):
+        relative = transport == "barycentric"
+        coupling = solve_wide(previous_MD, next_ND, epsilon=epsilon, relative=relative)
+        map_MN = barycentric_map(coupling) if relative else coupling.plan_MN
     else:
         coupling, map_MN = _align_by_sinkhorn(
             previous_MD, next_ND, transport=transport, epsilon=epsilon
@@ -116,15 +118,20 @@ def _transport(
     Experts are matched first, then fused in pairs like MLPs.
     """
     norm_offset = config.norm.offset
-    a, b = (
-        {name: jnp.asarray(value) for name, value in shift_norms(block, norm_offset).items()}
-        for block in (previous, next_)
-    )
-    fused = {name: (a[name] + b[name]) / 2 for name in a if _is_norm(name)}
-    reports: list[MatrixReport] = []
-    maps: dict[str, Array] = {}
 
-    def fuse_pair(name: str, kernel_a: Array, kernel_b: Array) -> tuple[Array, Array, MatrixReport]:
+    def read(block: Block, name: str) -> Array:
+        # One at a time: a block of an 8B model takes 0.9 GB in float32.
+        offset = norm_offset if _is_norm(name) else 0.0
+        return jnp.asarray(block[name] + np.float32(offset) if offset else block[name])
+
+    fused = {
+        name: (read(previous, name) + read(next_, name)) / 2 for name in previous if _is_norm(name)
+    }
+    reports: list[MatrixReport] = []
+    maps: dict[str, Plan] = {}
+    pictures: dict[str, MapPicture] = {}
+
+    def fuse_pair(name: str, kernel_a: Array, kernel_b: Array) -> tuple[Array, Plan, MatrixReport]:
         aligned = align(
             kernel_a,
             kernel_b,
@@ -138,12 +145,17 @@ def _transport(
         return fused_kernel, aligned.map_MN, line
 
     def fuse(name: str, kernel_a: Array) -> None:
-        fused[f"{name}_kernel"], maps[name], line = fuse_pair(name, kernel_a, b[f"{name}_kernel"])
+        kernel, map_MN, line = fuse_pair(name, kernel_a, read(next_, f"{name}_kernel"))
+        fused[f"{name}_kernel"] = kernel
         reports.append(line)
         for row_name in (f"{name}_bias", f"{name}_norm"):
-            if row_name in a and a[row_name].size == kernel_a.shape[0]:
-                columns = (a[row_name][:, None], b[row_name][:, None])
-                fused[row_name] = _average(maps[name], *columns)[:, 0]
+            if row_name in previous and previous[row_name].size == kernel_a.shape[0]:
+                columns = (read(block, row_name)[:, None] for block in (previous, next_))
+                fused[row_name] = _average(map_MN, *columns)[:, 0]
+        pictures[name] = picture_of(map_MN, line.match_order)
+        # Others need that of output. The rest are for callers, who can do without wide ones.
+        if name == "output" or not is_wide(*map_MN.shape):
+            maps[name] = map_MN
 
     def fuse_expert(name: str, kernel_a: Array, kernel_b: Array) -> tuple[Array, MatrixReport]:
         moved = kernel_a if name == "down" else _move_columns(kernel_a, output_map)
@@ -151,28 +163,34 @@ def _transport(
         return kernel, line
 
     for name in ("query", "key", "value", "output"):
-        fuse(name, a[f"{name}_kernel"])
+        fuse(name, read(previous, f"{name}_kernel"))
     output_map = maps["output"]
-    if "post_attention_norm" in a:
-        moved_norm = _move_columns(a["post_attention_norm"][None], output_map)[0]
-        norm_a = (moved_norm + a["post_attention_norm"]) / 2
-        fused["post_attention_norm"] = (norm_a + b["post_attention_norm"]) / 2
-    if "router_kernel" in a:
+    if "post_attention_norm" in previous:
+        norm_a = read(previous, "post_attention_norm")
+        moved_norm = _move_columns(norm_a[None], output_map)[0]
+        norm_a = (moved_norm + norm_a) / 2
+        norm = (norm_a + read(next_, "post_attention_norm")) / 2
+        fused["post_attention_norm"] = norm
+    if "router_kernel" in previous:
         matrices = ("gate", "up", "down") if needs_down else ("gate", "up")
+        read_by_experts = ("post_attention_norm", *EXPERT_PARAMETERS)
+        a, b = ({k: read(block, k) for k in read_by_experts} for block in (previous, next_))
         kernels, lines, map_EE = fuse_experts(a, b, config, matrices, fusion, fuse_expert)
         fused |= kernels
         maps["router"] = jnp.asarray(map_EE)
+        pictures["router"] = picture_of(maps["router"], lines[0].match_order)
         reports += lines
     else:
         for name in ("gate", "up"):
-            fuse(name, _move_columns(a[f"{name}_kernel"], output_map))
+            fuse(name, _move_columns(read(previous, f"{name}_kernel"), output_map))
         if needs_down:
-            fuse("down", a["down_kernel"])
+            fuse("down", read(previous, "down_kernel"))
     block = {name: np.asarray(value) for name, value in fused.items()}
     return Fused(
         shift_norms(block, -norm_offset),
         tuple(reports),
-        {name: np.asarray(m) for name, m in maps.items()},
+        {name: np.asarray(m) for name, m in maps.items() if not isinstance(m, ScaledKernel)},
+        pictures,
     )
 
 
@@ -272,7 +290,11 @@ def fuse_blocks(
         block = balance_branches(block, config)
     if branch_scale != 1:
         block = scale_branches(block, branch_scale)
-    return made._replace(block=block)
+    order = {line.name: line.match_order for line in made.reports}
+    pictures = made.pictures or {
+        name: picture_of(m, order[name]) for name, m in made.maps.items() if name in order
+    }
+    return made._replace(block=block, pictures=pictures)
 
 
 def _make(

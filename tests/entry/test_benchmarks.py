@@ -62,6 +62,31 @@ def test_layouts_are_timed_and_counted(base: Path, tmp_path: Path) -> None:
         assert row["step_s"] == pytest.approx(np.median(result["seconds"][layout]))
 
 
+def test_a_large_expansion_is_killed_gone_on_with_and_checked(base: Path, tmp_path: Path) -> None:
+    shape = json.loads((base / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    shown = succeed(
+        "benchmark_expand_large",
+        *(_CONFIG, f"--config.base={tmp_path / 'shape.json'}", f"--workdir={tmp_path / 'run'}"),
+        *("--layers=3", "--gaps=1", "--kills=1"),
+    )
+    assert "3 -> 4 layers" in shown
+    result = json.loads((tmp_path / "run" / "benchmark_expand_large.json").read_text())
+    assert result["checked"] == {"copied": 3 * 9, "ends": 2, "fused": 7}
+    assert result["layers"] == [3, 4]
+    assert len(result["processes"]) == 2
+    assert not result["processes"][-1]["was_killed"]
+    assert 2**28 < result["peak_bytes"] < 2**31
+    assert [row["matrix"] for row in result["matrices"]] == [
+        *("query", "key", "value", "output", "gate", "up")
+    ]
+    for row in result["matrices"]:
+        assert row["floor_s"] == pytest.approx(row["products_s"] + row["passes_s"])
+        assert row["over_floor"] == pytest.approx(row["seconds"] / row["floor_s"])
+    # The weights are gone.
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 def test_ratios_are_of_the_first_over_each_and_leave_the_warm_up_out() -> None:
     ours = Taken([9.0, 1.0, 2.0, 1.0], [1.0] * 4, [4.0, 3.0, 2.0, 1.0], 2**30)
     theirs = Taken([1.0, 2.0, 2.0, 8.0], [1.0] * 4, [4.0, 3.0, 2.2, 1.0], 2**31)

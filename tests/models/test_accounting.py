@@ -106,7 +106,6 @@ def test_a_small_example_counted_by_hand():
         head_flops + 2 * (block_flops + 2 * attention_flops) + block_flops
     )
     assert counted.training_bytes == 2 * (parameters - block - 8) + 16 * (block + 8)
-    assert counted.expansion_bytes == 4 * (3 * (block + 8) + 4 * 6**2 + 10 * 4)
 
     everything = costs(config, [False] * 3, "all", length=3)
     assert everything.trained_parameters == parameters

@@ -9,6 +9,7 @@ from scipy import sparse
 from scipy.spatial import distance
 
 from opt_deus_jax.transport import assignment, diagnostics, sinkhorn
+from opt_deus_jax.transport.plan import move_rows
 
 
 def _kernel(rows: int, seed: int) -> jnp.ndarray:
@@ -33,7 +34,7 @@ def test_report_of_a_permutation():
 def test_report_of_a_rectangular_plan():
     previous, following = _kernel(48, 0), 2.0 * _kernel(80, 1)
     coupling = sinkhorn.solve_sinkhorn(previous, following, epsilon=0.05, relative=True)
-    fused = (sinkhorn.barycentric_map(coupling).T @ previous + following) / 2
+    fused = (move_rows(sinkhorn.barycentric_map(coupling), previous) + following) / 2
     report = diagnostics.report("gate", coupling, fused, previous, following)
     assert report.converged is True
     assert report.iterations > 0

@@ -1,4 +1,7 @@
-"""Whatever goes wrong in an expansion, no folder is left that could be taken for a checkpoint."""
+"""Whatever goes wrong in an expansion, no folder is left that could be taken for a checkpoint.
+
+What is refused leaves nothing; what is cut short leaves a partial folder, see test_expand_resumed.
+"""
 
 import errno
 import os
@@ -12,7 +15,7 @@ from opt_deus_jax.checkpoints import hf
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.upscaling import expand, identity
-from tests.llama_checkpoints import hf_config, random_tensors, source_of, tokens
+from tests.llama_checkpoints import hf_config, random_tensors, source_of, tokens, write_directory
 
 CONFIG = hf_config(intermediate_size=32, num_key_value_heads=4)
 GATE = "model.layers.{}.mlp.gate_proj.weight"
@@ -87,10 +90,17 @@ def test_a_disk_that_fills_up_midway(tmp_path, monkeypatch):
         if len(written) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert_refused(tmp_path, "grown: no space left on the device, .* bytes are needed; free some")
+    source = source_of(CONFIG, random_tensors(CONFIG))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        message = "grown: no space left on the device, .* bytes are needed; free some and start"
+        with pytest.raises(UserError, match=message):
+            run(tmp_path, source)
     assert len(written) == 3
     assert min(written) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["grown.partial"]
+    assert run(tmp_path, source).identity.bit_identical
+    assert [path.name for path in tmp_path.iterdir()] == ["grown"]
 
 
 def test_a_shard_that_vanishes_midway(tmp_path):
@@ -106,7 +116,7 @@ def test_a_shard_that_vanishes_midway(tmp_path):
     broken = hf.CheckpointSource(source.name, source.hf_config, source.tensors, read, {})
     with pytest.raises(FileNotFoundError):
         run(tmp_path, broken)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["grown.partial"]
 
 
 def test_the_manifest_is_written_last_and_before_the_folder_has_its_name(tmp_path, monkeypatch):
@@ -123,7 +133,7 @@ def test_the_manifest_is_written_last_and_before_the_folder_has_its_name(tmp_pat
     assert name == "grown.partial"
     assert {"config.json", "README.md", hf.INDEX_FILE} <= set(files)
     assert "upscale_manifest.json" not in files
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["grown.partial"]
 
 
 @pytest.mark.parametrize("kernel", ["down_kernel", "output_kernel"])
@@ -145,11 +155,11 @@ def test_an_output_kernel_that_is_not_zero_is_caught(tmp_path, monkeypatch, kern
 def test_an_old_layer_that_is_moved_is_caught(tmp_path, monkeypatch):
     write = expand.write_weights
 
-    def swapped(directory, tensors, read, max_shard_bytes):
+    def swapped(directory, tensors, read, max_shard_bytes, **options):
         def read_other(name):
             return read(name)[::-1] if name == GATE.format(1) else read(name)
 
-        write(directory, tensors, read_other, max_shard_bytes)
+        write(directory, tensors, read_other, max_shard_bytes, **options)
 
     monkeypatch.setattr(expand, "write_weights", swapped)
     assert_refused(tmp_path, "grown: the grown model is not its base")
@@ -199,3 +209,14 @@ def test_a_plan_that_does_not_converge(tmp_path):
     # So little entropy that 20,000 iterations do not reach the marginals in float32.
     message = "new layer 4: transport of .* did not converge .* raise upscale.epsilon"
     assert_refused(tmp_path, message, method="opt_deus", epsilon=1e-6)
+
+
+def test_logits_are_the_same_in_parts_of_the_vocabulary(tmp_path, monkeypatch):
+    tensors = random_tensors(CONFIG)
+    stored = write_directory(tmp_path / "base", CONFIG, tensors)
+    expected = identity.streamed_logits(source_of(CONFIG, tensors), tokens())
+    monkeypatch.setattr(identity, "_ROWS_AT_ONCE", 40)
+    for source in (source_of(CONFIG, tensors), hf.open_hf_directory(stored, "base")):
+        np.testing.assert_allclose(
+            identity.streamed_logits(source, tokens()), expected, rtol=0, atol=1e-6
+        )

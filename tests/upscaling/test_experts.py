@@ -225,7 +225,7 @@ def test_layers_with_experts_and_others_are_drawn_in_one_picture(tmp_path):
     plain_config, (plain_a, plain_b, *_) = blocks_of("llama")
     plain = fuse_blocks(plain_a, plain_b, config=plain_config, **options)
     for lowest, other in ((made, plain), (plain, made)):
-        plot_diagnostics(tmp_path, lowest.maps, {2: lowest.reports, 4: other.reports})
+        plot_diagnostics(tmp_path, lowest.pictures, {2: lowest.reports, 4: other.reports})
         assert (tmp_path / PICTURE).stat().st_size > 10_000
         (tmp_path / PICTURE).unlink()
 

@@ -11,6 +11,7 @@ from scipy.spatial import distance
 
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs
+from opt_deus_jax.transport import wide
 from opt_deus_jax.upscaling import fusion
 from tests.llama_checkpoints import hf_config, smollm2
 
@@ -331,3 +332,23 @@ def test_output_scale_multiplies_what_ends_the_branches_and_nothing_else(weights
         factor = np.float32(0.125 if name in ZEROED else 1)
         np.testing.assert_array_equal(scaled[name], factor * array, strict=True)
     np.testing.assert_array_equal(b["down_kernel"], kept)
+
+
+@pytest.mark.parametrize("transport", ["barycentric", "reference"])
+def test_plans_beyond_the_budget_give_the_same_block(monkeypatch, transport):
+    config = config_of(attention_bias=True, mlp_bias=True)
+    a, b = random_block(config, 0, 0.3), random_block(config, 1, 0.3)
+    settings = {"config": config, "weights": "transport", "zero_init": False}
+    expected = fusion.fuse_blocks(a, b, transport=transport, **settings)
+    monkeypatch.setattr(wide, "LARGEST_PLAN_BYTES", 4 * 32 * 32)
+    monkeypatch.setattr(wide, "_ROWS_AT_ONCE", 16)
+    made = fusion.fuse_blocks(a, b, transport=transport, **settings)
+    # Gate and up have 48 rows.
+    assert expected.maps.keys() - made.maps.keys() == {"gate", "up"}
+    assert made.pictures.keys() == expected.pictures.keys() == expected.maps.keys()
+    assert made.block.keys() == expected.block.keys()
+    for name, array in expected.block.items():
+        assert relative_error(made.block[name], array) < 1e-5, name
+    for ours, theirs in zip(made.reports, expected.reports, strict=True):
+        assert ours.match_order == theirs.match_order
+        assert ours.match_gain == pytest.approx(theirs.match_gain, rel=1e-4)
