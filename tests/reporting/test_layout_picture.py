@@ -15,7 +15,7 @@ def test_every_layer_is_drawn_with_the_parents_that_it_has(name: str):
     left, right = figure.axes
     boxes = [patch for patch in left.patches if isinstance(patch, FancyBboxPatch)]
     assert len(boxes) == 6 + 8
-    of_new = {"transport": 2, "average": 2, "random": 0}.get(method.weights, 1)
+    of_new = {"transport": 2, "average": 2, "predicted": 2, "random": 0}.get(method.weights, 1)
     spans = 1 if all(is_trained) else 2
     assert len(left.lines) == 6 + 2 * of_new + spans
     drawn = {text.get_text() for text in right.texts}
