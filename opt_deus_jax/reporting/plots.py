@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,17 @@ LOOK: dict[Any, Any] = {
 }
 
 
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, as a notebook shows it; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": ""})
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, the same bytes for the same figure; makes the folder."""
+    """Writes a figure as PNG; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": ""})
+    path.write_bytes(png(figure))
 
 
 def _pooled(matrix_MN: np.ndarray, size: int) -> np.ndarray:
@@ -83,19 +91,53 @@ def plot_diagnostics(
             axis.set_title(title)
             axis.tick_params(axis="x", rotation=60)
         figure.suptitle(
-            f"Transport of A's neurons onto B's, {len(reports)} new layers "
+            f"Transport of A's neurons onto B's, {len(reports)} new layer{'s' * (len(reports) > 1)} "
             "(bars: mean, dots: layers)"
         )
         save(figure, directory / PICTURE)
+
+
+@mpl.rc_context(LOOK)
+def sorting_figure(
+    maps: Mapping[str, np.ndarray | sparse.csr_array],
+    reports: Mapping[int, Sequence[MatrixReport]],
+) -> Figure:
+    """Draws transport maps of the first new layer before and after B's neurons are sorted by match.
+
+    Args:
+        maps: Transport maps [m, n] by matrix, of the first fused layer; signs are not drawn.
+        reports: Reports by depth.
+
+    Returns:
+        A figure. Any map has its diagonal once it is sorted, so the title gives the cost too.
+    """
+    depth = next(iter(reports))
+    shown = [report for report in reports[depth] if report.name in ("query", "gate", "up")]
+    figure = Figure(figsize=(11, 7.2), dpi=120, layout="constrained")
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    for column, report in zip(axes.T, shown, strict=True):
+        map_MN, match = _dense(maps[report.name]), np.asarray(report.match_order)
+        _draw_map(column[0], map_MN, None, f"{report.name}, layer {depth}, as it is")
+        _draw_map(column[1], map_MN, match, f"matched cost / mean cost: {report.match_gain:.2f}")
+    gains = [report.match_gain for report in shown]
+    figure.suptitle(
+        "Sorting by match shows one diagonal whatever the match is worth: here matched neurons are "
+        f"at {min(gains):.2f} to {max(gains):.2f} of the mean distance",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    return figure
 
 
 def _dense(map_MN: np.ndarray | sparse.csr_array) -> np.ndarray:
     return np.abs(map_MN if isinstance(map_MN, np.ndarray) else map_MN.toarray())
 
 
-def _draw_map(axis, map_MN: np.ndarray, match: np.ndarray, title: str) -> None:
+def _draw_map(axis, map_MN: np.ndarray, match: np.ndarray | None, title: str) -> None:
     # B's neurons sorted by the A neuron that each matches best: a good match is a diagonal.
-    pooled = _pooled(map_MN[:, np.argsort(match, kind="stable")], 192)
+    order = slice(None) if match is None else np.argsort(match, kind="stable")
+    pooled = _pooled(map_MN[:, order], 192)
     floor = max(float(pooled.max()) * 1e-4, 1e-12)
     image = axis.imshow(
         np.maximum(pooled, floor),
@@ -106,7 +148,7 @@ def _draw_map(axis, map_MN: np.ndarray, match: np.ndarray, title: str) -> None:
         interpolation="nearest",
     )
     axis.set_title(title)
-    axis.set_xlabel("neuron of B, sorted by match")
+    axis.set_xlabel("neuron of B" if match is None else "neuron of B, sorted by match")
     axis.set_ylabel("neuron of A")
     axis.figure.colorbar(image, ax=axis, label="mass")
 
