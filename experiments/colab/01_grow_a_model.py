@@ -51,7 +51,7 @@ sys.path.insert(0, str(root))
 
 # %% [markdown]
 # ## Settings
-# `OPT_DEUS_SMOKE=1` in the environment tries the notebook out: four layers of the base, two steps.
+# `OPT_DEUS_SMOKE=1` in the environment tries the notebook out: two layers of the base, two steps.
 
 # %%
 import tempfile
@@ -99,7 +99,7 @@ from opt_deus_jax.upscaling.methods import layer_parents, plan_layers, resolve_m
 
 base = open_checkpoint(experiment.base)
 if SMOKE:
-    base = keep_layers(base, 4)
+    base = keep_layers(base, 2)
 base_model = read_model_config(base.hf_config)
 method = resolve_method(upscale)
 layers = plan_layers(upscale, base_model.num_layers, None)

@@ -130,6 +130,8 @@ else:
 # %%
 import tempfile
 
+import jax
+
 from configs.smollm2_135m import get_config
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.checkpoints.shortened import keep_layers
@@ -141,10 +143,12 @@ from opt_deus_jax.upscaling.probe import probe_tokens
 
 NEW_LAYERS = 1 if SMOKE else 3
 workdir = Path(tempfile.mkdtemp(prefix="compared_"))
+# Contenders that differ in their weights alone share their compiled programs.
+jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
 shared = get_config()
 if SMOKE:
-    # Four layers of the base, in a folder of their own.
-    small = keep_layers(open_checkpoint(shared.base), 4)
+    # Two layers of the base, in a folder of their own.
+    small = keep_layers(open_checkpoint(shared.base), 2)
     shared.base = str(workdir / "base")
     expand_checkpoint(
         small,
@@ -170,7 +174,7 @@ comparison = Comparison(
         for method in ("copy_next", "opt_deus")
     ),
     seeds=(0,) if SMOKE else (0, 1),
-    sweep_fraction=0.2,
+    sweep_fraction=1.0 if SMOKE else 0.2,
     max_rate_steps=0,
     references=("copy_next",),
 )

@@ -91,7 +91,7 @@ def plot_diagnostics(
             axis.set_title(title)
             axis.tick_params(axis="x", rotation=60)
         figure.suptitle(
-            f"Transport of A's neurons onto B's, {len(reports)} new layer{'s' * (len(reports) > 1)} "
+            f"Transport of A's neurons onto B's, new layers: {len(reports)} "
             "(bars: mean, dots: layers)"
         )
         save(figure, directory / PICTURE)

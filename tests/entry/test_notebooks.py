@@ -82,7 +82,7 @@ def test_a_model_is_grown_trained_and_read_by_transformers(
     smollm2()
     notebook = _executed("01_grow_a_model", monkeypatch, tmp_path)
     text = _text(notebook)
-    assert "4 -> 5 layers" in text
+    assert "2 -> 3 layers" in text
     assert "the grown model gives the base's logits bit for bit" in text
     # Transport before and after sorting, diagnostics, losses of the grown model, and of both.
     assert len(_pictures(notebook)) == 4
