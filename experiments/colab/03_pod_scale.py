@@ -76,6 +76,7 @@ experiment = get_config(CONFIG.partition(":")[2])
 if SMOKE:
     experiment.data.sequence_length = 128
     experiment.training.batch_size = 8
+    experiment.training.attention = "reference"  # `splash` takes its time to compile
 topology = None if TARGET == "local" else parse_topology(TARGET)
 if topology is None:
     devices = jax.devices("cpu")

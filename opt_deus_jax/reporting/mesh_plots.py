@@ -11,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from opt_deus_jax.distributed.compiled_report import CompiledReport
 from opt_deus_jax.distributed.sharding import named_sharding
@@ -49,13 +50,15 @@ def sharding_figure(config: ModelConfig, mesh: Mesh, batch: tuple[int, int]) -> 
     colours = ScalarMappable(Normalize(0, max(mesh.size - 1, 1)), "cividis")
     for axis, (name, (shape, logical_axes)) in zip(axes.flat, arrays.items(), strict=False):
         _draw_parts(axis, _parts(mesh, shape, logical_axes), shape, colours)
-        axis.set_title(f"{name} {shape[0]:,} x {shape[1]:,}")
+        axis.set_title(name)
         is_batch = name == "batch"
         axis.set_ylabel("sequence" if is_batch else "row (out)")
         axis.set_xlabel("token" if is_batch else "column (in)")
     for axis in axes.flat[len(arrays) :]:
         axis.remove()
-    figure.colorbar(colours, ax=axes, label="chip (the first that holds a part)", shrink=0.6)
+    drawn = list(axes.flat[: len(arrays)])
+    label = "chip (the first that holds a part)"
+    figure.colorbar(colours, ax=drawn, label=label, shrink=0.6, ticks=MaxNLocator(integer=True))
     total, held = _held(config, mesh)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     write_title(
