@@ -296,12 +296,13 @@ for title, directory in {"before": expanded, "after": exported}.items():
 
 # %%
 import importlib.util
+from typing import Any
 
 if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(exported)
-    network = AutoModelForCausalLM.from_pretrained(exported, dtype="float32")
+    network: Any = AutoModelForCausalLM.from_pretrained(exported, dtype="float32")
     inputs = theirs(PROMPT, return_tensors="pt")
     written = network.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     print("transformers:", theirs.decode(written[0], skip_special_tokens=True))

@@ -97,8 +97,9 @@ def present(contenders=(), layouts=(), runs=runs, references=REFERENCES):
     show(*summary_tables(summary))
     figures = draw_figures(chosen, summary, references, None)
     for name in PICTURES:
-        if figures[name] is not None:
-            display(Image(png(figures[name])))
+        figure = figures[name]
+        if figure is not None:
+            display(Image(png(figure)))
     for subject in missing_tables(summary):
         print(f"no rows yet: {subject}")
 
