@@ -23,8 +23,9 @@ def test_sorting_a_permutation_by_match_draws_its_diagonal() -> None:
     assert "0.25 to 0.25 of the mean distance" in figure.get_suptitle()
 
 
-def test_a_figure_gives_the_same_bytes_to_notebooks_and_files(tmp_path) -> None:
+def test_equal_figures_give_the_same_bytes_to_notebooks_and_files(tmp_path) -> None:
     map_MN, reports = np.eye(3, dtype=np.float32), {1: [_report("up", (0, 1, 2))]}
-    figure = sorting_figure({"up": map_MN}, reports)
-    save(figure, tmp_path / "new" / "figure.png")
-    assert (tmp_path / "new" / "figure.png").read_bytes() == png(figure)
+    # Each is drawn once: drawing moves what constrained layout has placed before.
+    in_file, shown = (sorting_figure({"up": map_MN}, reports) for _ in range(2))
+    save(in_file, tmp_path / "new" / "figure.png")
+    assert (tmp_path / "new" / "figure.png").read_bytes() == png(shown)
