@@ -157,6 +157,8 @@ else:
 
 # %% [markdown]
 # Least times follow from the compiled program and the chip's published figures; no step was timed.
+# Utilisation counts the masked half of attention, as usual; `splash` leaves most of it out, so that
+# the bound can pass 100 %.
 #
 # ## Start it
 # The commands for that slice, for a TPU VM and for GKE with XPK; put in your names. No pod has been

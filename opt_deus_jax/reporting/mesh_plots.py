@@ -60,11 +60,12 @@ def sharding_figure(config: ModelConfig, mesh: Mesh, batch: tuple[int, int]) -> 
     label = "chip (the first that holds a part)"
     figure.colorbar(colours, ax=drawn, label=label, shrink=0.6, ticks=MaxNLocator(integer=True))
     total, held = _held(config, mesh)
+    numbered = " (numbers: the chips that hold a part)" if any(a.texts for a in drawn) else ""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     write_title(
         figure,
         f"Mesh {sizes}: each of {mesh.size} chips holds {held / total:.1%} of the "
-        f"{total / 1e6:,.0f}M parameters (numbers: the chips that hold a part)",
+        f"{total / 1e6:,.0f}M parameters{numbered}",
     )
     return figure
 
@@ -92,8 +93,10 @@ def _draw_parts(
     for ((top, bottom), (left, right)), chips in parts.items():
         colour: Any = colours.to_rgba(np.asarray(chips[0]))
         size = (right - left, bottom - top)
-        axis.add_patch(Rectangle((left, top), *size, facecolor=colour, edgecolor="white"))
-        if len(parts) <= _LABELLED_PARTS:
+        is_labelled = len(parts) <= _LABELLED_PARTS
+        edge: dict[str, Any] = {"edgecolor": "white", "linewidth": 1 if is_labelled else 0.2}
+        axis.add_patch(Rectangle((left, top), *size, facecolor=colour, **edge))
+        if is_labelled:
             axis.text(
                 *((left + right) / 2, (top + bottom) / 2, _chips(chips)),
                 color="white" if sum(colour[:3]) < 1.5 else "black",
