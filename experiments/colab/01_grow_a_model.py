@@ -74,9 +74,9 @@ data.max_train_tokens = 2_000 if SMOKE else 50_000
 data.max_held_out_tokens = 128 if SMOKE else 2_048
 data.num_workers = 1
 experiment.optimizer.warmup_steps = 1 if SMOKE else 4
-training.steps = 2 if SMOKE else 24
+training.steps = 2 if SMOKE else 16
 training.batch_size = 2 if SMOKE else 4
-training.evaluate_every = 0 if SMOKE else 6
+training.evaluate_every = 0 if SMOKE else 4
 training.checkpoint_every = training.steps
 training.keep_checkpoints = 1
 
@@ -207,21 +207,25 @@ records = {name: load_records(workdir / "records", name) for name in prepared.sp
 # %% [markdown]
 # ## Train
 # Of the grown model the new layers are trained. Beside it the base, of which as many parameters are
-# trained: its topmost layers. One run each, with one learning rate: a picture, not a comparison;
-# for that see `02_compare_initialisations`.
+# trained: its topmost layers, at a lower learning rate, since they are not new. One run each, and
+# no search for the rates: a picture, not a comparison; for that see `02_compare_initialisations`.
 
 # %%
+import dataclasses
+
 from opt_deus_jax.training.loop import train
 
 top = range(base_model.num_layers - upscale.num_new_layers, base_model.num_layers)
 top_names = rf"layers\.({'|'.join(map(str, top))})\."
 trainings = {
-    "grown": (open_checkpoint(str(expanded)), trained),
-    "base": (base, select_trained(base_model, [False] * base_model.num_layers, top_names)),
+    "grown": (open_checkpoint(str(expanded)), trained, 1e-3),
+    "base": (base, select_trained(base_model, [False] * base_model.num_layers, top_names), 1.25e-4),
 }
 results = {
     name: train(
-        experiment,
+        dataclasses.replace(
+            experiment, optimizer=dataclasses.replace(experiment.optimizer, learning_rate=rate)
+        ),
         source,
         trained=names,
         train_records=records["train"],
@@ -230,7 +234,7 @@ results = {
         fingerprints={},
         devices=jax.devices(),
     )
-    for name, (source, names) in trainings.items()
+    for name, (source, names, rate) in trainings.items()
 }
 
 # %%
