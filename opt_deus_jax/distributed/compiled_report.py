@@ -222,6 +222,25 @@ def as_json(report: CompiledReport) -> dict[str, Any]:
     }
 
 
+def memory_table(memory: ChipMemory, title: str) -> Table:
+    """A line per part of a device's memory, of devices whose limits are not known too."""
+    table = Table("quantity", "a device", title=title)
+    table.columns[1].justify = "right"
+    for row in _memory_rows(memory):
+        table.add_row(*row)
+    return table
+
+
+def _memory_rows(memory: ChipMemory) -> list[tuple[str, str]]:
+    return [
+        ("memory: arguments", f"{memory.arguments:,} B"),
+        ("memory: temporaries", f"{memory.temporaries:,} B"),
+        ("memory: outputs not in place of arguments", f"{memory.outputs - memory.aliased:,} B"),
+        ("memory: program", f"{memory.code:,} B"),
+        ("memory: total", f"{memory.total:,} B"),
+    ]
+
+
 def report_table(report: CompiledReport, title: str) -> Table:
     """A line per quantity, those of a chip first."""
     memory, costs, times = report.memory, report.costs, report.roofline
@@ -229,11 +248,7 @@ def report_table(report: CompiledReport, title: str) -> Table:
     table.columns[1].justify = "right"
     share = memory.total / report.hbm_bytes
     rows = [
-        ("memory: arguments", f"{memory.arguments:,} B"),
-        ("memory: temporaries", f"{memory.temporaries:,} B"),
-        ("memory: outputs not in place of arguments", f"{memory.outputs - memory.aliased:,} B"),
-        ("memory: program", f"{memory.code:,} B"),
-        ("memory: total", f"{memory.total:,} B"),
+        *_memory_rows(memory),
         (f"memory: of {report.hbm_bytes:,} B", f"{share:.1%}"),
         ("FLOPs a step", f"{costs.flops:,}"),
         ("memory traffic a step", f"{costs.hbm_bytes:,} B"),

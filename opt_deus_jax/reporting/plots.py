@@ -1,20 +1,18 @@
 """Pictures: one look, readable in print and by the colour-blind."""
 
-from __future__ import annotations
-
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from scipy import sparse
 
-if TYPE_CHECKING:
-    # ott-jax takes a second to import.
-    from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport
+from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport, picture_of
 
 # Okabe and Ito's palette.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,10 +26,17 @@ LOOK: dict[Any, Any] = {
 }
 
 
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, as a notebook shows it; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": ""})
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, the same bytes for the same figure; makes the folder."""
+    """Writes a figure as PNG; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": ""})
+    path.write_bytes(png(figure))
 
 
 def plot_diagnostics(
@@ -55,7 +60,8 @@ def plot_diagnostics(
         figure = Figure(figsize=(11, 7.2), dpi=120, layout="constrained")
         axes = figure.subplots(2, 3)
         for axis, name in zip(axes[0], shown, strict=True):
-            _draw_map(axis, pictures[name], f"{name}, layer {first_depth}")
+            title = f"{name}, layer {first_depth}"
+            _draw_map(axis, pictures[name], title, ", sorted by match")
         panels = (
             ("match_gain", "matched cost / mean cost", "below 1: the match finds alike neurons"),
             ("effective_sources", "sources a neuron", "1: a permutation; more: neurons mix"),
@@ -73,14 +79,48 @@ def plot_diagnostics(
             axis.set_title(title)
             axis.tick_params(axis="x", rotation=60)
         figure.suptitle(
-            f"Transport of A's neurons onto B's, {len(reports)} new layers "
+            f"Transport of A's neurons onto B's, new layers: {len(reports)} "
             "(bars: mean, dots: layers)"
         )
         save(figure, directory / PICTURE)
 
 
-def _draw_map(axis, picture: MapPicture, title: str) -> None:
-    # B's neurons are sorted by the A neuron that each matches best: a good match is a diagonal.
+@mpl.rc_context(LOOK)
+def sorting_figure(
+    maps: Mapping[str, np.ndarray | sparse.csr_array],
+    reports: Mapping[int, Sequence[MatrixReport]],
+) -> Figure:
+    """Draws transport maps of the first new layer before and after B's neurons are sorted by match.
+
+    Args:
+        maps: Transport maps [m, n] by matrix, of the first fused layer; signs are not drawn.
+        reports: Reports by depth.
+
+    Returns:
+        A figure. Any map has its diagonal once it is sorted, so the title gives the cost too.
+    """
+    depth = next(iter(reports))
+    shown = [report for report in reports[depth] if report.name in ("query", "gate", "up")]
+    figure = Figure(figsize=(11, 7.2), dpi=120, layout="constrained")
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    for column, report in zip(axes.T, shown, strict=True):
+        map_MN, as_it_is = maps[report.name], tuple(range(len(report.match_order)))
+        unsorted, sorted_ = (picture_of(map_MN, o) for o in (as_it_is, report.match_order))
+        _draw_map(column[0], unsorted, f"{report.name}, layer {depth}, as it is", "")
+        gain = f"matched cost / mean cost: {report.match_gain:.2f}"
+        _draw_map(column[1], sorted_, gain, ", sorted by match")
+    gains = [report.match_gain for report in shown]
+    figure.suptitle(
+        "Sorting by match shows one diagonal whatever the match is worth: here matched neurons are "
+        f"at {min(gains):.2f} to {max(gains):.2f} of the mean distance",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    return figure
+
+
+def _draw_map(axis, picture: MapPicture, title: str, order: str) -> None:
     rows, columns = picture.shape
     floor = max(float(picture.mass.max()) * 1e-4, 1e-12)
     image = axis.imshow(
@@ -92,7 +132,7 @@ def _draw_map(axis, picture: MapPicture, title: str) -> None:
         interpolation="nearest",
     )
     axis.set_title(title)
-    axis.set_xlabel("neuron of B, sorted by match")
+    axis.set_xlabel(f"neuron of B{order}")
     axis.set_ylabel("neuron of A")
     axis.figure.colorbar(image, ax=axis, label="mass")
 

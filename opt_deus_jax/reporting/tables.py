@@ -1,10 +1,7 @@
 """Tables on the screen."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,14 +9,11 @@ from rich.table import Table
 
 from opt_deus_jax.models.accounting import Costs
 from opt_deus_jax.models.layer_kinds import LayerKind
+from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.forecast import Forecast, Speed, forecast_seconds
 from opt_deus_jax.upscaling.identity import IdentityReport
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.lesa import PredictorReport
-
-if TYPE_CHECKING:
-    # ott-jax takes a second to import.
-    from opt_deus_jax.transport.diagnostics import MatrixReport
 
 
 def _kind(kind: LayerKind) -> str:
