@@ -32,11 +32,6 @@ from opt_deus_jax.transport.sinkhorn import (
     scale_kernel,
 )
 
-# `solve_sinkhorn` has four tables of the plan's size at its peak, fusion a fifth. With 8192 rows,
-# the width of a 70B model, these are 1.3 GB; with the 14336 neurons of an 8B model they would be
-# 4.1 GB, and its two parents are there as well.
-LARGEST_PLAN_BYTES = 2**28
-
 # Log-domain iterations before the first kernel, and more of them after a kernel that underflowed.
 _WARM_ITERATIONS = 10
 _MORE_WARM_ITERATIONS = 20
@@ -48,11 +43,6 @@ _MORE_WARM_ITERATIONS = 20
 _ROUND_ITERATIONS = 100
 _PLAIN_ITERATIONS = 10
 _ROWS_AT_ONCE = 1024
-
-
-def is_wide(sources: int, targets: int) -> bool:
-    """Whether a float32 plan between so many rows is above `LARGEST_PLAN_BYTES`."""
-    return 4 * sources * targets > LARGEST_PLAN_BYTES
 
 
 def solve_wide(

@@ -15,7 +15,7 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.memory import available_memory
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_size, block_specs, identity_values, outer_specs
-from opt_deus_jax.transport.wide import is_wide
+from opt_deus_jax.transport.plan import is_wide
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.methods import Method
 

@@ -12,14 +12,21 @@ from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.transport.assignment import solve_assignment
 from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport, picture_of, report
-from opt_deus_jax.transport.plan import Coupling, Plan, ScaledKernel, move_columns, move_rows
+from opt_deus_jax.transport.plan import (
+    Coupling,
+    Plan,
+    ScaledKernel,
+    is_wide,
+    move_columns,
+    move_rows,
+)
 from opt_deus_jax.transport.sinkhorn import (
     DEFAULT_RELATIVE_EPSILON,
     REFERENCE_EPSILON,
     barycentric_map,
     solve_sinkhorn,
 )
-from opt_deus_jax.transport.wide import is_wide, solve_wide
+from opt_deus_jax.transport.wide import solve_wide
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
 from opt_deus_jax.upscaling.experts import EXPERT_PARAMETERS, fuse_experts

@@ -11,7 +11,7 @@ from scipy.spatial import distance
 
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs
-from opt_deus_jax.transport import wide
+from opt_deus_jax.transport import plan, wide
 from opt_deus_jax.upscaling import fusion
 from tests.llama_checkpoints import hf_config, smollm2
 
@@ -340,7 +340,7 @@ def test_plans_beyond_the_budget_give_the_same_block(monkeypatch, transport):
     a, b = random_block(config, 0, 0.3), random_block(config, 1, 0.3)
     settings = {"config": config, "weights": "transport", "zero_init": False}
     expected = fusion.fuse_blocks(a, b, transport=transport, **settings)
-    monkeypatch.setattr(wide, "LARGEST_PLAN_BYTES", 4 * 32 * 32)
+    monkeypatch.setattr(plan, "LARGEST_PLAN_BYTES", 4 * 32 * 32)
     monkeypatch.setattr(wide, "_ROWS_AT_ONCE", 16)
     made = fusion.fuse_blocks(a, b, transport=transport, **settings)
     # Gate and up have 48 rows.
