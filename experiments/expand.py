@@ -48,7 +48,7 @@ def main() -> None:
     select_trained(grown, [layer.is_new for layer in layers], method.trained)
     itemsize = max(info.dtype.itemsize for info in source.tensors.values())
     expected = forecast(model, upscale, method, layers, itemsize)
-    show(forecast_line(expected, measure_speed()))
+    show(forecast_line(expected, measure_speed(), experiment.max_shard_bytes))
     check_memory(expected, upscale)
     probe_BT = probe_tokens(source)
     with tqdm.tqdm(total=len(layers), desc="expand", unit="layer") as bar:

@@ -59,7 +59,9 @@ def main() -> None:
         ),
         costs_table(costs, f"Costs at {experiment.data.sequence_length} tokens a sequence"),
         forecast_line(
-            forecast(model, upscale, method, layers, stored_itemsize(hf_config)), measure_speed()
+            forecast(model, upscale, method, layers, stored_itemsize(hf_config)),
+            measure_speed(),
+            experiment.max_shard_bytes,
         ),
     )
     if _PICTURE.value:

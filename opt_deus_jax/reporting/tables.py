@@ -1,6 +1,7 @@
 """Tables on the screen."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -65,14 +66,15 @@ def costs_table(costs: Costs, title: str) -> Table:
     return table
 
 
-def forecast_line(made: Forecast, speed: Speed) -> str:
-    """One sentence about what an expansion takes."""
+def forecast_line(made: Forecast, speed: Speed, max_shard_bytes: int) -> str:
+    """One sentence about what an expansion takes; shards are never larger, so there may be more."""
     seconds = forecast_seconds(made, speed)
+    files = math.ceil(made.disk_bytes / max_shard_bytes)
     shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return (
         f"expansion: about {made.memory_bytes / 2**30:.1f} GiB of memory ({made.peak}), "
-        f"{made.disk_bytes / 2**30:.1f} GiB of disk and {shown} here, at {speed.flops / 1e9:.0f} "
-        f"GFLOP/s and {speed.table_bytes / 1e9:.0f} GB/s"
+        f"{made.disk_bytes / 2**30:.1f} GiB of disk in {files} or more files, {shown} here, at "
+        f"{speed.flops / 1e9:.0f} GFLOP/s and {speed.table_bytes / 1e9:.0f} GB/s"
     )
 
 

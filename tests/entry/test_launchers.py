@@ -28,10 +28,17 @@ def test_plan_shows_layout_and_costs(flags: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "parameters"),
-    [("1b_shape", "1,722,386,432"), ("8b_shape", "11,520,053,248")],
+    [
+        ("llama3.py:1b_shape", "1,722,386,432"),
+        ("llama3.py:8b_shape", "11,520,053,248"),
+        # 235,093,634,560 as published, and twelve layers of 2,487,755,008.
+        ("qwen3_moe.py:235b_shape", "264,946,694,656"),
+    ],
 )
 def test_plan_of_the_published_models_needs_no_weights(variant: str, parameters: str) -> None:
-    assert parameters in succeed("plan", f"--config=configs/llama3.py:{variant}")
+    shown = succeed("plan", f"--config=configs/{variant}")
+    assert parameters in shown
+    assert "GiB of memory" in shown
 
 
 def test_unknown_variant_of_a_config_is_refused() -> None:
