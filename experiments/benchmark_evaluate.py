@@ -18,7 +18,7 @@ from absl import flags
 
 from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.hf import write_json
-from opt_deus_jax.reporting.comparison import machine
+from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.measured_process import run_measured
 from opt_deus_jax.reporting.tables import records_table, show
 

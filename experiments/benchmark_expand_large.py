@@ -17,13 +17,13 @@ from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.manifest import software_versions
 from opt_deus_jax.checkpoints.opening import open_checkpoint, read_config_only
 from opt_deus_jax.models.params import named_tensors
-from opt_deus_jax.reporting.comparison import machine
 from opt_deus_jax.reporting.large_expansion import (
     check_grown,
     expand_with_kills,
     time_matrices,
     write_random_checkpoint,
 )
+from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.upscaling.forecast import measure_speed
 

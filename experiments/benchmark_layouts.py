@@ -17,7 +17,7 @@ from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.opening import read_config_only
 from opt_deus_jax.models.accounting import count_costs
 from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
-from opt_deus_jax.reporting.comparison import machine
+from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.training.timing import prepare_step, random_source, time_in_turns

@@ -20,9 +20,9 @@ from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.config import Experiment
 from opt_deus_jax.data.records import Records, load_records
-from opt_deus_jax.reporting.comparison import compare, machine
+from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.tables import records_table, show
-from opt_deus_jax.reporting.turns import take_turns
+from opt_deus_jax.reporting.turns import compare, take_turns
 
 launch.define_flags()
 _SHAPES = flags.DEFINE_list("shapes", ["4x256", "2x512"], "Batches: sequences x tokens.")

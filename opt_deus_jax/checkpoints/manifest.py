@@ -26,7 +26,8 @@ class Manifest:
         trained: `new`, `all` or a regular expression: what is to be trained.
         layers: One entry per layer, from the embedding up: depth, base_layer, previous, next,
             is_new.
-        base: Name, number of layers and sha256 over all tensors of the base.
+        base: Name, number of layers and sha256 over all tensors of the base, and tokenizer_sha256
+            of its tokenizer.json, where it has one.
         identity: The result of running the grown model against its base.
         diagnostics: Per new layer and matrix, what the transport reports; for `lesa`, per matrix,
             what its predictor learned.
@@ -102,7 +103,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / FILE_NAME
     try:
-        return _decode(path.read_bytes(), str(path))
+        return decode_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run experiments.expand first") from None
 
@@ -121,10 +122,11 @@ def manifest_of(source: CheckpointSource) -> Manifest | None:
     """
     if FILE_NAME not in source.side_files:
         return None
-    return _decode(source.side_files[FILE_NAME], f"{source.name}/{FILE_NAME}")
+    return decode_manifest(source.side_files[FILE_NAME], f"{source.name}/{FILE_NAME}")
 
 
-def _decode(content: bytes, where: str) -> Manifest:
+def decode_manifest(content: bytes, where: str) -> Manifest:
+    """Reads a manifest from its bytes; errors as of `parse_manifest`, which is told `where` too."""
     try:
         return parse_manifest(json.loads(content), where)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

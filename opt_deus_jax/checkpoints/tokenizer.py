@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
+from opt_deus_jax.checkpoints.manifest import FILE_NAME, decode_manifest
 from opt_deus_jax.errors import UserError
 
 _SPECIAL_TOKENS = tuple(
@@ -117,8 +119,8 @@ def load_tokenizer(
         name: What the user called it, for messages.
 
     Raises:
-        UserError: There is no readable tokenizer.json, its vocabulary does not fit the model, or
-            nothing says which token ends a document.
+        UserError: There is no readable tokenizer.json, its vocabulary does not fit the model, it is
+            not that of the base of a grown model, or nothing says which token ends a document.
     """
     if "tokenizer.json" not in side_files:
         found = ", ".join(sorted(side_files)) or "no files at all"
@@ -127,6 +129,7 @@ def load_tokenizer(
             "tokenizer there (transformers: tokenizer.save_pretrained)"
         )
     tokenizer_json = bytes(side_files["tokenizer.json"])
+    _check_belongs(tokenizer_json, side_files, name)
     try:
         backend = _backend(tokenizer_json)
     # tokenizers raises bare Exception for content that it cannot read.
@@ -161,6 +164,19 @@ def load_tokenizer(
         special_tokens=special_tokens,
         chat_template=_chat_template(side_files, config),
     )
+
+
+def _check_belongs(tokenizer_json: bytes, side_files: Mapping[str, bytes], name: str) -> None:
+    """Another tokenizer with a vocabulary of the same size would go unnoticed otherwise."""
+    if FILE_NAME not in side_files:
+        return
+    manifest = decode_manifest(bytes(side_files[FILE_NAME]), f"{name}/{FILE_NAME}")
+    recorded = manifest.base.get("tokenizer_sha256")
+    if recorded and recorded != hashlib.sha256(tokenizer_json).hexdigest():
+        raise UserError(
+            f"{name}: tokenizer.json is not the one that the model was grown with ({FILE_NAME} has "
+            "another sha256); put that of the base back"
+        )
 
 
 @functools.lru_cache(maxsize=4)

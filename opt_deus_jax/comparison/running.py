@@ -34,7 +34,7 @@ from opt_deus_jax.data.records import Records, load_info, load_records
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.evaluation.loading import LoadedModel
 from opt_deus_jax.models.model_config import read_model_config
-from opt_deus_jax.reporting.comparison import machine
+from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.training.export import export_checkpoint
 from opt_deus_jax.training.loop import TrainingResult, train
 from opt_deus_jax.training.metrics import read_metrics
@@ -231,9 +231,14 @@ def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str,
         "diagnostics": [line for line in manifest.diagnostics if "match_gain" in line],
         "identity": manifest.identity,
         "recipe": recipe,
-        "machine": machine("jax", "optax"),
+        "machine": machine("jax", "optax") | {"devices": _devices()},
         "command": f"{setting.command} --only={run.contender.name}",
     }
+
+
+def _devices() -> str:
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def _grow(setting: Setting, contender: Contender) -> Path:

@@ -1,6 +1,7 @@
 """Streams a base checkpoint into a grown one, a block at a time."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -369,16 +370,19 @@ def _made_from(plan: _Plan, source: CheckpointSource, max_shard_bytes: int) -> d
 def _manifest(
     source: CheckpointSource, plan: _Plan, reader: _Reader, identity: IdentityReport
 ) -> Manifest:
+    base: dict[str, Any] = {
+        "name": Path(source.name).name,
+        "num_layers": plan.config.num_layers,
+        "sha256": combine_hashes(reader.base.hashes),
+    }
+    if tokenizer_json := source.side_files.get("tokenizer.json"):
+        base["tokenizer_sha256"] = hashlib.sha256(tokenizer_json).hexdigest()
     return Manifest(
         method=plan.upscale.method,
         options=_options(plan),
         trained=plan.method.trained,
         layers=tuple(dataclasses.asdict(layer) for layer in plan.layers),
-        base={
-            "name": Path(source.name).name,
-            "num_layers": plan.config.num_layers,
-            "sha256": combine_hashes(reader.base.hashes),
-        },
+        base=base,
         identity=dataclasses.asdict(identity),
         diagnostics=tuple(
             {

@@ -12,8 +12,7 @@ from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import named_tensors
-from opt_deus_jax.reporting.comparison import compare
-from opt_deus_jax.reporting.turns import Taken, take_turns
+from opt_deus_jax.reporting.turns import Taken, compare, take_turns
 from opt_deus_jax.upscaling.lesa import MATRICES
 from tests.entry.launching import fail, succeed
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,17 @@ def test_tokenizer_that_does_not_fit_is_refused(base: Path, text: Path, tmp_path
         error = fail(launcher, *arguments, f"--workdir={tmp_path / launcher}")
         assert "100" in error
         assert "tokenizer" in error
+
+
+def test_a_tokenizer_that_only_fits_by_size_is_refused(workdir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(workdir / "exported", model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    error = fail("sample", f"--model={model}", "--prompt=the")
+    assert f"{model}: tokenizer.json is not the one that the model was grown with" in error
 
 
 def test_every_part_of_the_config_is_recorded(workdir: Path) -> None:
