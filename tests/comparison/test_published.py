@@ -65,6 +65,7 @@ def test_presets_have_their_published_names():
         "llama_pro": "Llama-Pro",
         "solar": "SOLAR",
         "base": "Base",
+        "lesa": "LESA",
     }
     assert published_name(transport("assignment")) == "OpT-DeUS"
     assert published_name(method(weights="average")) is None
