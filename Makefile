@@ -24,7 +24,7 @@ demo: $(VENV)/base.stamp
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
