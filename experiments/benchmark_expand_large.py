@@ -59,14 +59,13 @@ def main() -> None:
         for made in (base, run):
             shutil.rmtree(made, ignore_errors=True)
     seconds, peak = sum(t.seconds for t in taken), max(t.peak_bytes for t in taken)
-    result = {"command": sys.argv[1:], "layers": [depth, depth + gaps], "checked": checked}
+    given = [argument for argument in sys.argv[1:] if not argument.startswith("--workdir")]
+    result = {"command": given, "layers": [depth, depth + gaps], "checked": checked}
     result |= {"peak_bytes": peak, "seconds": seconds, "seconds_a_gap": seconds / gaps}
     result |= {"bytes": written, "bytes_a_gap": written / gaps, "speed": speed._asdict()}
     result |= {"processes": [vars(t) for t in taken], "matrices": matrices}
-    write_json(
-        workdir / "benchmark_expand_large.json",
-        result | {"machine": machine("jax"), "versions": software_versions()},
-    )
+    result |= {"machine": machine("jax"), "versions": software_versions()}
+    write_json(workdir / "benchmark_expand_large.json", result)
     show(
         records_table(matrices, "Transport of one gap, and the least that it could take"),
         f"{depth} -> {depth + gaps} layers, killed {sum(t.was_killed for t in taken)} times: peak "
