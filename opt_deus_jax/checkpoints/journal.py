@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from opt_deus_jax.checkpoints.hf import Shard, check_room, hash_array
+from opt_deus_jax.checkpoints.lock import lock
 from opt_deus_jax.errors import UserError
 
 FILE_NAME = "unfinished.jsonl"
@@ -37,15 +37,10 @@ class Journal:
         """
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(self._file, f"{path.parent}: another process is writing it; wait for it or end it")
+        except UserError:
             self._file.close()
-            raise UserError(
-                f"{path.parent}: another process is writing it; wait for it or end it"
-            ) from None
-        except OSError:
-            # Some network file systems know no locks.
-            pass
+            raise
         self._file.seek(0)
         self._lines: list[dict[str, Any]] = []
         self._ends: list[int] = []

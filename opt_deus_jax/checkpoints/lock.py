@@ -1,12 +1,33 @@
-"""A folder that one process at a time writes to."""
+"""What one process at a time writes to."""
 
 import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from opt_deus_jax.errors import UserError
+
+
+def lock(file: IO, refusal: str) -> None:
+    """Keeps every other process from an open file, until it is closed or this process ends.
+
+    Some network file systems know no locks; there nothing is kept.
+
+    Args:
+        file: The file.
+        refusal: What is said where another process has it.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except OSError:
+        return
 
 
 @contextlib.contextmanager
@@ -21,14 +42,13 @@ def held_alone(directory: Path) -> Iterator[None]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{directory}: process {file.read().strip() or '?'} is training here; wait for it, "
-                "end it, or use another --workdir"
-            ) from None
+        file.seek(0)
+        holder = file.read().strip() or "?"
+        lock(
+            file,
+            f"{directory}: process {holder} is training here; wait for it, end it, or use another "
+            "--workdir",
+        )
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

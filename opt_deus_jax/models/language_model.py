@@ -218,17 +218,8 @@ def hidden_states_and_load(
 ) -> tuple[Float[Array, "b t d"], RouterLoad | None]:
     """Runs what `hidden_states` does, and sums up which experts were chosen.
 
-    Args:
-        params: See `hidden_states`.
-        tokens_BT: Likewise.
-        example_BT: Likewise.
-        config: Likewise.
-        dtype: Likewise.
-        attention: Likewise.
-        remat: Likewise.
-        kernel_dtype: Likewise.
-        wants_load: Whether it is to be summed; the network then has experts. Tokens of example 0
-            are not counted.
+    The arguments are those of `hidden_states`. `wants_load` says whether the load is to be summed;
+    the network then has experts. Tokens of example 0 are not counted.
 
     Returns:
         What the head is applied to; the load of all layers, or None.
