@@ -55,10 +55,11 @@ def loss_curves(curves: Mapping[str, Curve], reference: str, highlighted: Sequen
     best = next(iter(curves))
     tokens = max(float(x[-1]) for x, _ in curves.values())
     against = f"; {reference} {last[reference]:.3f}" if paired and best != reference else ""
+    banded = any(len(losses[name][1]) > 1 for name in losses if looks[name].front)
     write_title(
         figure,
         f"After {tokens:,.0f} tokens {best} has the lowest held-out loss: {last[best]:.3f} nats "
-        f"a token{against} (bands: standard error over seeds)",
+        f"a token{against} ({'bands: standard error over seeds' if banded else 'one seed'})",
     )
     return figure
 
@@ -83,21 +84,23 @@ def _draw_curves(
 ) -> None:
     """Lines with bands; limits leave out curves that are far from the others."""
     means = {name: y_RS.mean(axis=0) for name, (_, y_RS) in curves.items()}
+    is_long = max(float(x_S[-1]) for x_S, _ in curves.values()) >= 1e6
+    unit, unit_name = (1e6, "millions") if is_long else (1e3, "thousands")
     extents = [float(value) for mean in means.values() for value in mean]
     for name, (x_S, y_RS) in curves.items():
-        look, mean_S, millions_S = looks[name], means[name], x_S / 1e6
+        look, mean_S, tokens_S = looks[name], means[name], x_S / unit
         marker, width, order = (look.marker, 1.6, 3) if look.front else (None, 1.0, 2)
         drawn: dict[str, Any] = {"color": look.colour, "marker": marker, "markersize": 4}
-        axis.plot(millions_S, mean_S, linewidth=width, zorder=order, **drawn)
+        axis.plot(tokens_S, mean_S, linewidth=width, zorder=order, **drawn)
         if look.front and len(y_RS) > 1:
             error_S = np.std(y_RS, axis=0, ddof=1) / math.sqrt(len(y_RS))
             band = mean_S - error_S, mean_S + error_S
-            axis.fill_between(millions_S, *band, color=look.colour, alpha=0.2, linewidth=0)
+            axis.fill_between(tokens_S, *band, color=look.colour, alpha=0.2, linewidth=0)
             extents += [float(value) for edge in band for value in edge]
     axis.set_ylim(*robust_limits(extents))
     axis.margins(x=0.01)
-    axis.set_xlabel("training tokens, millions")
-    ends = {name: (curves[name][0][-1] / 1e6, float(means[name][-1])) for name in named}
+    axis.set_xlabel(f"training tokens, {unit_name}")
+    ends = {name: (curves[name][0][-1] / unit, float(means[name][-1])) for name in named}
     label_ends(axis, ends, looks, inches=max(3.4, 0.2 + 0.16 * len(curves)))
 
 
