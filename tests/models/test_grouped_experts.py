@@ -30,9 +30,7 @@ def arrays(dtype=jnp.float32):
     """Tokens, parameters of a block with eight experts, and what outputs are weighed with."""
     draw = np.random.default_rng(0)
     shapes = KERNELS | {"router_kernel": (8, WIDTH)}
-    block = {
-        name: jnp.asarray(draw.normal(0, 0.5, shape), dtype) for name, shape in shapes.items()
-    }
+    block = {name: jnp.asarray(draw.normal(0, 0.5, shape), dtype) for name, shape in shapes.items()}
     # Nothing is sent to the last expert, most to the first.
     block["router_kernel"] = block["router_kernel"].at[7].set(0).at[7, 0].set(-50)
     x_MD, out_MD = (jnp.asarray(draw.normal(size=(TOKENS, WIDTH)), jnp.float32) for _ in range(2))
@@ -57,11 +55,13 @@ def dense():
     return jax.device_get(jax.jit(functools.partial(made_and_gradients, "dense"))(*arrays()))
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, tolerance=1e-5):
     def compare(path, a, b):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         scale = np.max(np.abs(b))
         assert scale > 0, jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=str(path))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=str(path))
 
     jax.tree_util.tree_map_with_path(compare, jax.device_get(found), expected)
 
@@ -75,6 +75,15 @@ def test_grouped_experts_make_what_all_of_them_make():
         jax.jit(functools.partial(made_and_gradients, "grouped"))(*arrays()),
         dense(),
     )
+
+
+def test_kernels_of_a_lower_type_are_multiplied_as_elsewhere():
+    found, expected = (
+        jax.jit(functools.partial(made_and_gradients, implementation))(*arrays(jnp.bfloat16))
+        for implementation in ("grouped", "dense")
+    )
+    # The activations, and the gradients of the kernels, are rounded to that type.
+    assert_same(found, jax.device_get(expected), 2**-8)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 1, 8), (2, 2, 2)])
