@@ -16,6 +16,9 @@ _ROWS = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 _ROWS_BACK = RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 # The kernels' gradients, a sum over the rows of each group: [r, o] x [r, d] -> [e, o, d].
 _KERNELS = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+# With another number of rows than a multiple of this, XLA for TPU (libtpu 0.0.42) multiplies every
+# row with every kernel.
+_TPU_ROWS = 8
 # Rows, outputs and inputs that the kernel for TPU has on the chip at once.
 _TPU_TILE = 512
 
@@ -100,7 +103,10 @@ def project_groups(
         x W' of each row in the type of the activations, named `PRODUCT` for remat policies. Rows
         beyond the sum of the sizes, here and in the gradient, are whatever the platform leaves.
     """
-    return checkpoint_name(_multiply_groups(x_RD, kernel_EOD, size_E), PRODUCT)
+    rows = len(x_RD)
+    if rows % _TPU_ROWS:
+        x_RD = jnp.pad(x_RD, ((0, -rows % _TPU_ROWS), (0, 0)))
+    return checkpoint_name(_multiply_groups(x_RD, kernel_EOD, size_E)[:rows], PRODUCT)
 
 
 def _multiply_ragged(
@@ -127,7 +133,7 @@ def _groups_forward(x_RD: Array, kernel_EOD: Array, size_E: Array) -> tuple[Arra
 
 def _groups_backward(residuals: tuple, y_RO: Array) -> tuple[Array, Array, None]:
     x_RD, kernel_EOD, size_E = residuals
-    # XLA for TPU (libtpu 0.0.42) would multiply all rows for every kernel here.
+    # XLA for TPU would sum over all rows for every kernel here, whatever their number.
     kernel = jax.lax.platform_dependent(
         y_RO, x_RD, size_E, tpu=kernels_by_megablox, default=_kernels_by_ragged
     )

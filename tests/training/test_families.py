@@ -20,6 +20,7 @@ from opt_deus_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.training.placement import put_rows
@@ -164,6 +165,11 @@ def test_grouped_experts_have_the_loss_and_gradients_of_torch(variant, mesh):
         np.testing.assert_allclose(
             gradient, expected.read(name), rtol=1e-3, atol=1e-5 * largest, err_msg=name
         )
+
+
+def test_a_model_without_experts_is_not_trained_by_grouped_ones():
+    with pytest.raises(UserError, match="training.experts='grouped': the model has no experts"):
+        program_of("llama", experts="grouped")
 
 
 # Norms over all heads, which the mesh cuts; experts, of which each device has some.
