@@ -45,8 +45,10 @@ def main() -> None:
             sequence_length=length,
             frozen_bytes=4,
             remat=training.remat,
+            experts=training.experts,
         )
-        flops[layout] = costs.model_flops + costs.recomputed_flops
+        repeated = costs.recomputed_flops + costs.idle_expert_flops
+        flops[layout] = costs.model_flops + repeated
         steps[layout] = prepare_step(experiment, random_source(hf_config), trained)
     shape = (training.batch_size, length + 1)
     tokens_BL = np.random.default_rng(0).integers(0, base_config.vocabulary_size, shape, np.int32)

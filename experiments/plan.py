@@ -47,6 +47,7 @@ def main() -> None:
         sequence_length=experiment.data.sequence_length,
         frozen_bytes=4 if experiment.training.frozen_dtype == "float32" else 2,
         remat=experiment.training.remat,
+        experts=experiment.training.experts,
     )
     name = Path(experiment.base).stem if experiment.base.endswith(".json") else experiment.base
     show(

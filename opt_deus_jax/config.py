@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "training.frozen_dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "matmuls", "block"),
     "training.attention": ("reference", "cudnn", "splash"),
+    "training.experts": ("dense", "grouped"),
     "evaluation.compute_dtype": ("float32", "bfloat16"),
 }
 
@@ -191,6 +192,9 @@ class TrainingConfig:
         frozen_dtype: Type in which frozen parameters are held.
         attention: `reference` (all scores in memory, anywhere), `cudnn` (NVIDIA GPU, bfloat16) or
             `splash` (TPU).
+        experts: Of a mixture: `dense` multiplies every token with all of them, anywhere; `grouped`
+            only with those that it is sent to, and is written for TPUs: on a CPU it computes the
+            same and takes longer than `dense`.
         remat: `none` keeps every activation; `matmuls` keeps the products with kernels only;
             `block` recomputes each block in the backward pass.
         loss_chunk_tokens: Tokens whose logits exist at once on a device.
@@ -209,6 +213,7 @@ class TrainingConfig:
     kernel_dtype: str | None = None
     frozen_dtype: str = "float32"
     attention: str = "reference"
+    experts: str = "dense"
     remat: str = "none"
     loss_chunk_tokens: int = 512
     log_every: int = 1

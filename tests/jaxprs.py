@@ -32,9 +32,25 @@ def _flops(jaxpr: Any) -> Iterator[int]:
             left = equation.invars[0].aval.shape
             products = math.prod(left[axis] for axis in contracted)
             yield 2 * products * math.prod(equation.outvars[0].aval.shape)
+        elif name == "ragged_dot_general":
+            yield _ragged_flops(equation)
+        elif name == "cond" and equation.params.get("branches_platforms"):
+            # One of them is lowered: the last is that of any platform without one of its own.
+            assert equation.params["branches_platforms"][-1] is None
+            yield matmul_flops(equation.params["branches"][-1].jaxpr)
         elif name in ("while", "cond"):
             raise NotImplementedError(f"how often a {name} runs is not in the jaxpr")
         else:
             repeats = equation.params["length"] if name == "scan" else 1
             for inner in jaxprs_in_params(equation.params):
                 yield repeats * matmul_flops(inner)
+
+
+def _ragged_flops(equation: Any) -> int:
+    """Those of a grouped product whose groups have all of the rows, each in one of them."""
+    rows, width = equation.invars[0].aval.shape
+    dimensions = equation.params["ragged_dot_dimension_numbers"]
+    # With a kernel for each group every row is multiplied once; so is it in the kernels' gradient.
+    other = equation.outvars[0].aval.shape[-1]
+    assert len(dimensions.lhs_ragged_dimensions) == 1
+    return 2 * rows * width * other

@@ -61,8 +61,9 @@ class HloCosts:
     """One run of a program on one device.
 
     Attributes:
-        flops: Of matrix products and splash attention (a multiply-add is 2), recomputation
-            included.
+        flops: Of matrix products, grouped ones and splash attention (a multiply-add is 2),
+            recomputation included. Where other devices have some of the experts, a grouped product
+            skips the rows that are sent to those, which a program does not say; all are counted.
         hbm_bytes: Read from and written to main memory between fusions.
         collectives: By kind.
         uncounted_kernels: Names of kernels whose operations are not in `flops`.
@@ -133,6 +134,19 @@ def _splash_flops(instruction: Instruction, arrays: list[HloArray]) -> int | Non
     return 2 * _SPLASH_PRODUCTS[kind[1]] * math.prod(rows) * pairs * head_dim
 
 
+def _kernel_flops(instruction: Instruction, arrays: list[HloArray]) -> int | None:
+    """FLOPs of a kernel for TPU; of a grouped product as if each of its rows were in a group."""
+    if instruction.name.startswith("ragged-dot-metadata"):
+        return 0
+    if instruction.name.startswith("ragged-dot"):
+        # The rows come before the kernels of all groups.
+        return 2 * instruction.arrays[0].size * arrays[-2].shape[-1]
+    if instruction.name.startswith("tgmm"):
+        # Of each group, the rows of one times those of the other.
+        return 2 * arrays[-2].size * arrays[-1].shape[-1]
+    return _splash_flops(instruction, arrays)
+
+
 def _flops(module: HloModule, computation: Computation, instruction: Instruction) -> int | None:
     """FLOPs of one instruction, None for a kernel that is not known."""
     arrays = [a for name in instruction.operands for a in computation.instructions[name].arrays]
@@ -145,7 +159,7 @@ def _flops(module: HloModule, computation: Computation, instruction: Instruction
         fused = module.computations[instruction.called("calls") or ""]
         return sum(_flops(module, fused, inner) or 0 for inner in fused.instructions.values())
     if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
-        return _splash_flops(instruction, arrays)
+        return _kernel_flops(instruction, arrays)
     return 0
 
 

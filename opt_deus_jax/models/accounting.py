@@ -15,8 +15,8 @@ _LAST = ("down_kernel", "experts_down_kernel")
 class Costs:
     """What a network takes.
 
-    FLOPs are those of the matrix products, a token, where a multiply-add is two. Of experts only
-    those that a token is sent to are counted; `moe.apply_experts` computes all. Attention counts
+    FLOPs are those of the matrix products, a token, where a multiply-add is two. Of experts those
+    that a token is sent to are counted, the others apart. Attention counts
     every pair of tokens of a sequence, the masked half included, as utilisation is usually stated
     (PaLM, arXiv 2204.02311, appendix B), and where a layer has a window, as many pairs a token as
     that is wide. Of long sequences `reference` leaves out up to three
@@ -34,6 +34,9 @@ class Costs:
             lowest trained block is trained.
         recomputed_flops: FLOPs a token that rematerialisation repeats in the backward pass; no
             part of the other two.
+        idle_expert_flops: FLOPs a token of products with experts that it is not sent to, which
+            `training.experts=dense` makes in all three; `grouped` makes none (on a CPU, where XLA
+            has no grouped product, more than `dense`). No part of the other three.
         training_bytes: Memory of training beyond activations: frozen parameters, float32 masters,
             gradients and both AdamW moments of the trained ones.
     """
@@ -44,6 +47,7 @@ class Costs:
     forward_flops: int
     backward_flops: int
     recomputed_flops: int
+    idle_expert_flops: int
     training_bytes: int
 
     @property
@@ -133,6 +137,44 @@ def _block_recomputed(
     return 0
 
 
+def _all_flops(
+    config: ModelConfig,
+    trained_outer: frozenset[str],
+    trained_blocks: Sequence[frozenset[str]],
+    sequence_length: int,
+    remat: str,
+) -> tuple[int, int, int]:
+    """FLOPs a token: forward, backward and recomputed."""
+    kinds = config.kinds_of(len(trained_blocks))
+    kernels_of = {kind: _kernel_flops(config, kind) for kind in set(kinds)}
+    products = [
+        2
+        * min(sequence_length, kind.window or sequence_length)
+        * config.num_heads
+        * config.head_dim
+        for kind in kinds
+    ]
+    head = 2 * config.vocabulary_size * config.width
+    has_trained_below = "embedding" in trained_outer
+    backward = recomputed = 0
+    for names, kind, product in zip(trained_blocks, kinds, products, strict=True):
+        wanted, kernel = _wanted(names, has_trained_below), kernels_of[kind]
+        backward += _block_backward(kernel, names, wanted, product)
+        recomputed += _block_recomputed(config, kernel, names, wanted, product, remat)
+        has_trained_below = has_trained_below or bool(names)
+    head_is_trained = ("embedding" if config.tied_embeddings else "head") in trained_outer
+    backward += head * (head_is_trained + (has_trained_below or "final_norm" in trained_outer))
+    kernels = sum(sum(kernels_of[kind].values()) for kind in kinds)
+    return kernels + 2 * sum(products) + head, backward, recomputed
+
+
+def _to_all_experts(config: ModelConfig) -> ModelConfig:
+    if config.experts is None:
+        return config
+    experts = dataclasses.replace(config.experts, per_token=config.experts.number)
+    return dataclasses.replace(config, experts=experts)
+
+
 def count_costs(
     config: ModelConfig,
     trained_outer: frozenset[str],
@@ -141,6 +183,7 @@ def count_costs(
     sequence_length: int,
     frozen_bytes: int,
     remat: str = "none",
+    experts: str = "dense",
 ) -> Costs:
     """Counts exactly.
 
@@ -153,41 +196,31 @@ def count_costs(
         sequence_length: Tokens a sequence.
         frozen_bytes: Bytes a frozen parameter.
         remat: none, matmuls or block, as `training.remat`.
+        experts: dense or grouped, as `training.experts`.
 
     Returns:
         The counts.
     """
     outer, kinds = outer_specs(config), config.kinds_of(len(trained_blocks))
     specs_of = {kind: block_specs(config, kind) for kind in set(kinds)}
-    kernels_of = {kind: _kernel_flops(config, kind) for kind in specs_of}
-    products = [
-        2
-        * min(sequence_length, kind.window or sequence_length)
-        * config.num_heads
-        * config.head_dim
-        for kind in kinds
-    ]
-    head = 2 * config.vocabulary_size * config.width
     parameters = sum(block_size(config, kind) for kind in kinds) + outer_size(config)
     active = sum(sum(_active_sizes(config, kind).values()) for kind in kinds) + outer_size(config)
     trained = sum(outer[name].size for name in trained_outer)
-    has_trained_below = "embedding" in trained_outer
-    backward = recomputed = 0
-    for names, kind, product in zip(trained_blocks, kinds, products, strict=True):
+    for names, kind in zip(trained_blocks, kinds, strict=True):
         trained += sum(specs_of[kind][name].size for name in names)
-        wanted, kernel = _wanted(names, has_trained_below), kernels_of[kind]
-        backward += _block_backward(kernel, names, wanted, product)
-        recomputed += _block_recomputed(config, kernel, names, wanted, product, remat)
-        has_trained_below = has_trained_below or bool(names)
-    head_is_trained = ("embedding" if config.tied_embeddings else "head") in trained_outer
-    backward += head * (head_is_trained + (has_trained_below or "final_norm" in trained_outer))
-    kernels = sum(sum(kernels_of[kind].values()) for kind in kinds)
+
+    chosen, every = (
+        _all_flops(network, trained_outer, trained_blocks, sequence_length, remat)
+        for network in (config, _to_all_experts(config))
+    )
+    forward, backward, recomputed = chosen
     return Costs(
         parameters=parameters,
         active_parameters=active,
         trained_parameters=trained,
-        forward_flops=kernels + 2 * sum(products) + head,
+        forward_flops=forward,
         backward_flops=backward,
         recomputed_flops=recomputed,
+        idle_expert_flops=sum(every) - sum(chosen) if experts == "dense" else 0,
         training_bytes=(parameters - trained) * frozen_bytes + trained * 16,
     )

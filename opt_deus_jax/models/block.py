@@ -103,12 +103,14 @@ class DecoderBlock(nn.Module):
         attention: An implementation of `causal_attention`; with a cache it is always `reference`,
             for trees `tree_attention`.
         kernel_dtype: Type of the kernels as multiplied; None takes that of the activations.
+        experts: An implementation of `moe.apply_experts`.
     """
 
     config: ModelConfig
     kind: LayerKind
     attention: str = "reference"
     kernel_dtype: jnp.dtype | None = None
+    experts: str = "dense"
 
     @nn.compact
     def __call__(
@@ -169,7 +171,8 @@ class DecoderBlock(nn.Module):
         is_real_M = None if example_BT is None else example_BT.reshape(-1) > 0
         self.sow(ROUTER_LOAD, "load", sum_load(routing, is_real_M))
         activation = ACTIVATIONS[self.config.activation]
-        return apply_experts(flat_MD, routing.weights_ME, params, activation).reshape(normed.shape)
+        made_MD = apply_experts(flat_MD, routing, params, activation, self.experts)
+        return made_MD.reshape(normed.shape)
 
     def _params(self, dtype: jnp.dtype) -> dict[str, Array]:
         initializers = {

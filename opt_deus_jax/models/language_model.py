@@ -140,9 +140,10 @@ def apply_block(
     cache: KeyValueCache | None = None,
     attention: str = "reference",
     kernel_dtype: jnp.dtype | None = None,
+    experts: str = "dense",
 ) -> tuple[Float[Array, "b t d"], KeyValueCache]:
     """Applies one `DecoderBlock` with the given parameters."""
-    module = DecoderBlock(config, kind, attention, kernel_dtype)
+    module = DecoderBlock(config, kind, attention, kernel_dtype, experts)
     return module.apply({"params": block}, x_BTD, inputs, cache)  # pyright: ignore
 
 
@@ -173,6 +174,7 @@ def hidden_states(
     attention: str = "reference",
     remat: str = "none",
     kernel_dtype: jnp.dtype | None = None,
+    experts: str = "dense",
 ) -> Float[Array, "b t d"]:
     """Runs embedding, segments and final norm.
 
@@ -187,6 +189,7 @@ def hidden_states(
         remat: For the backward pass `none` stores every activation, `matmuls` only the products
             with kernels, `block` nothing within a block.
         kernel_dtype: Type of the kernels as multiplied (`products.project`); None takes `dtype`.
+        experts: An implementation of `moe.apply_experts`.
 
     Returns:
         What the head is applied to.
@@ -200,6 +203,7 @@ def hidden_states(
         attention=attention,
         remat=remat,
         kernel_dtype=kernel_dtype,
+        experts=experts,
         wants_load=False,
     )[0]
 
@@ -214,6 +218,7 @@ def hidden_states_and_load(
     attention: str,
     remat: str,
     kernel_dtype: jnp.dtype | None,
+    experts: str,
     wants_load: bool,
 ) -> tuple[Float[Array, "b t d"], RouterLoad | None]:
     """Runs what `hidden_states` does, and sums up which experts were chosen.
@@ -229,6 +234,7 @@ def hidden_states_and_load(
     else:
         positions_BT = positions_within(example_BT)
     inputs = causal_inputs(config, positions_BT, example_BT)
+    choices = (attention, kernel_dtype, experts)
 
     # A block at a time: a pattern as a whole would also repeat the products between its blocks.
     @functools.partial(
@@ -237,9 +243,9 @@ def hidden_states_and_load(
     def apply(kind: LayerKind, state: _State, block: BlockParams) -> _State:
         x, load = state
         if load is None or not kind.has_experts:
-            x, _ = apply_block(config, kind, block, x, inputs, None, attention, kernel_dtype)
+            x, _ = apply_block(config, kind, block, x, inputs, None, *choices)
             return x, load
-        module = DecoderBlock(config, kind, attention, kernel_dtype)
+        module = DecoderBlock(config, kind, *choices)
         variables: Any = {"params": block}
         (x, _), sown = module.apply(variables, x, inputs, mutable=[ROUTER_LOAD])  # pyright: ignore
         (added,) = sown[ROUTER_LOAD]["load"]

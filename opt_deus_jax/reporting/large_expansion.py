@@ -18,8 +18,9 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs, identity_values, named_tensors
 from opt_deus_jax.reporting.measured_process import Measured, run_measured
+from opt_deus_jax.upscaling.alignment import align
 from opt_deus_jax.upscaling.forecast import Speed
-from opt_deus_jax.upscaling.fusion import align, transport_epsilon
+from opt_deus_jax.upscaling.fusion import transport_epsilon
 
 # Of the size that weights of Llama have.
 _SIGMA = 0.02

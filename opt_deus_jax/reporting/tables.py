@@ -59,6 +59,11 @@ def costs_table(costs: Costs, title: str) -> Table:
         ("FLOPs a token, forward", f"{costs.forward_flops:,}"),
         ("FLOPs a token, backward", f"{costs.backward_flops:,}"),
         ("FLOPs a token, recomputed", f"{costs.recomputed_flops:,}"),
+        *(
+            [("FLOPs a token, experts it is not sent to", f"{costs.idle_expert_flops:,}")]
+            if costs.active_parameters != costs.parameters
+            else []
+        ),
         ("memory of training, without activations", f"{costs.training_bytes / 2**30:.2f} GiB"),
     )
     for row in rows:

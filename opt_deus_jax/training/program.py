@@ -13,6 +13,7 @@ from opt_deus_jax.models.accounting import Costs, count_costs
 from opt_deus_jax.models.attention import check_attention
 from opt_deus_jax.models.language_model import Params
 from opt_deus_jax.models.model_config import ModelConfig
+from opt_deus_jax.models.moe import check_experts
 from opt_deus_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from opt_deus_jax.training.placement import Placement, check_fits, param_shardings, place
 from opt_deus_jax.training.segments import Segment, TrainedNames, plan_segments, trained_mask
@@ -70,7 +71,8 @@ def make_program(
         A program whose functions are called under `jax.set_mesh(program.mesh)`.
 
     Raises:
-        UserError: A setting is out of range, or mesh, batch, attention and network do not fit.
+        UserError: A setting is out of range, or mesh, batch, attention, experts and network do not
+            fit.
     """
     training = experiment.training
     check_training(training)
@@ -82,6 +84,7 @@ def make_program(
         head_dim=config.head_dim,
         soft_cap=config.attention_soft_cap,
     )
+    check_experts(training.experts, config.experts)
     mesh = make_mesh(experiment.mesh, devices)
     check_fits(config, training, mesh)
     segments = plan_segments(trained.blocks, config.layer_kinds)
@@ -113,4 +116,5 @@ def program_costs(program: Program, sequence_length: int) -> Costs:
         sequence_length=sequence_length,
         frozen_bytes=jnp.dtype(program.training.frozen_dtype).itemsize,
         remat=program.training.remat,
+        experts=program.training.experts,
     )

@@ -19,6 +19,7 @@ _FREE_SETTINGS = frozenset(
         "attention",
         "checkpoint_every",
         "evaluate_every",
+        "experts",
         "keep_checkpoints",
         "log_every",
         "loss_chunk_tokens",

@@ -95,7 +95,7 @@ def loss_fn(
         batch: "tokens" [B, T + 1] and, for instructions, "example" [B, T + 1].
         weights_BT: Weight of each of the T predictions, float32.
         config: The network.
-        training: Its compute dtype, attention, remat and chunk of the loss are used.
+        training: Its types, attention, experts, remat and chunk of the loss are used.
         balance: What `balance_loss` of the experts weighs beside it, if they have any.
 
     Returns:
@@ -114,6 +114,7 @@ def loss_fn(
         attention=training.attention,
         remat=training.remat,
         kernel_dtype=kernel_dtype,
+        experts=training.experts,
         wants_load=balance > 0,
     )
     loss: Any = weighted_cross_entropy(

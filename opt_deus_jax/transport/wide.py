@@ -82,8 +82,7 @@ def solve_wide(
     m, n = len(source_MD), len(target_ND)
     goal = jnp.float32(threshold)
     cost_MN = _blockwise_cost(source_MD, target_ND)
-    # One long sum of 1e8 numbers in float32 would be wrong in the first digits.
-    mean_cost = jnp.mean(jnp.matmul(cost_MN, jnp.full(n, 1 / n), precision="highest"))
+    mean_cost = _mean(cost_MN)
     scale = jnp.maximum(epsilon * mean_cost if relative else jnp.float32(epsilon), MIN_EPSILON)
     potentials = jnp.zeros(m), jnp.zeros(n)
     warm_up = functools.partial(_warm_up, epsilon=scale, threshold=goal)
@@ -91,14 +90,8 @@ def solve_wide(
     while True:
         kernel_MN = _into_kernel(cost_MN, *potentials, scale)
         del cost_MN
-        scalings = Scalings(jnp.zeros(m), jnp.zeros(n))
-        is_trusted = True
-        error = _marginal_error(kernel_MN, scalings)
-        # False on NaN too, which nothing can mend.
-        while error >= threshold and is_trusted and spent + _ROUND_ITERATIONS <= max_iterations:
-            made, error, is_trusted, ran = _round(kernel_MN, scalings, scale, goal)
-            spent += ran
-            scalings = made if is_trusted else scalings
+        scalings, error, is_trusted, ran = _rounds(kernel_MN, scale, goal, max_iterations - spent)
+        spent += ran
         if is_trusted or spent + _ROUND_ITERATIONS > max_iterations:
             break
         del kernel_MN
@@ -107,16 +100,15 @@ def solve_wide(
         potentials, ran = warm_up(cost_MN, tuple(moved), _MORE_WARM_ITERATIONS)
         spent += ran
     plan = ScaledKernel(jnp.exp(scalings.log_u_M), kernel_MN, jnp.exp(scalings.log_v_N))
-    cost_N, entropy_N = map(np.asarray, _column_facts(plan, *potentials, scale))
-    return Coupling(
-        plan_MN=plan,
-        converged=jnp.bool_(is_trusted and error < threshold),
-        iterations=jnp.int32(spent),
-        marginal_error=jnp.float32(error),
-        mean_cost=mean_cost,
-        matched_cost=jnp.float32(cost_N.sum(dtype=np.float64)),
-        effective_sources=jnp.float32(np.exp(entropy_N.mean(dtype=np.float64))),
-    )
+    facts = mean_cost, *_plan_facts(plan, potentials, scale)
+    converged = jnp.bool_(is_trusted and error < threshold)
+    return Coupling(plan, converged, jnp.int32(spent), jnp.float32(error), *facts)
+
+
+def _mean(cost_MN: jax.Array) -> jax.Array:
+    # One long sum of 1e8 numbers in float32 would be wrong in the first digits.
+    n = cost_MN.shape[1]
+    return jnp.mean(jnp.matmul(cost_MN, jnp.full(n, 1 / n), precision="highest"))
 
 
 def _block_rows(rows: int) -> int:
@@ -225,6 +217,21 @@ def _warm_up(
     return (f_M, g_N), int(ran)
 
 
+def _rounds(
+    kernel_MN: jax.Array, epsilon: jax.Array, threshold: jax.Array, max_iterations: int
+) -> tuple[Scalings, float, bool, int]:
+    """As many rounds on a kernel as it takes or as it is trusted in; returns what `_round` does."""
+    m, n = kernel_MN.shape
+    scalings, is_trusted, spent = Scalings(jnp.zeros(m), jnp.zeros(n)), True, 0
+    error = _marginal_error(kernel_MN, scalings)
+    # False on NaN too, which nothing can mend.
+    while error >= threshold and is_trusted and spent + _ROUND_ITERATIONS <= max_iterations:
+        made, error, is_trusted, ran = _round(kernel_MN, scalings, epsilon, threshold)
+        spent += ran
+        scalings = made if is_trusted else scalings
+    return scalings, error, is_trusted, spent
+
+
 def _round(
     kernel_MN: jax.Array, start: Scalings, epsilon: jax.Array, threshold: jax.Array
 ) -> tuple[Scalings, float, bool, int]:
@@ -264,6 +271,15 @@ def _errors(kernel_MN: jax.Array, u_M: jax.Array, v_N: jax.Array) -> jax.Array:
     of_rows = u_M * jnp.matmul(kernel_MN, v_N, precision="highest")
     of_columns = v_N * jnp.matmul(u_M, kernel_MN, precision="highest")
     return jnp.sum(jnp.abs(of_rows - 1 / m)) + jnp.sum(jnp.abs(of_columns - 1 / n))
+
+
+def _plan_facts(
+    plan: ScaledKernel, potentials: tuple[jax.Array, jax.Array], epsilon: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The matched cost and the effective sources of a coupling."""
+    cost_N, entropy_N = map(np.asarray, _column_facts(plan, *potentials, epsilon))
+    matched_cost = jnp.float32(cost_N.sum(dtype=np.float64))
+    return matched_cost, jnp.float32(np.exp(entropy_N.mean(dtype=np.float64)))
 
 
 @jax.jit

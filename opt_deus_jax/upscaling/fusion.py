@@ -1,32 +1,21 @@
 """Two adjacent blocks to one new block."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs, identity_values
-from opt_deus_jax.transport.assignment import solve_assignment
 from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport, picture_of, report
-from opt_deus_jax.transport.plan import (
-    Coupling,
-    Plan,
-    ScaledKernel,
-    is_wide,
-    move_columns,
-    move_rows,
-)
-from opt_deus_jax.transport.sinkhorn import (
-    DEFAULT_RELATIVE_EPSILON,
-    REFERENCE_EPSILON,
-    barycentric_map,
-    solve_sinkhorn,
-)
-from opt_deus_jax.transport.wide import solve_wide
+from opt_deus_jax.transport.plan import Plan, ScaledKernel, is_wide, move_columns
+from opt_deus_jax.transport.sinkhorn import DEFAULT_RELATIVE_EPSILON, REFERENCE_EPSILON
+from opt_deus_jax.upscaling.alignment import align, average_aligned
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
 from opt_deus_jax.upscaling.experts import EXPERT_PARAMETERS, fuse_experts
@@ -37,14 +26,6 @@ from opt_deus_jax.upscaling.symmetric import fuse_symmetric
 from opt_deus_jax.upscaling.twin import twin_block
 
 
-class Aligned(NamedTuple):
-    """A kernel of parent A moved onto the rows of parent B's and averaged with it."""
-
-    coupling: Coupling
-    map_MN: Plan
-    fused_ND: Float[Array, "n d"]
-
-
 def transport_epsilon(transport: str, epsilon: float | None) -> float:
     """The entropy that a transport runs with: the given one, or the transport's own."""
     if epsilon is not None:
@@ -52,126 +33,115 @@ def transport_epsilon(transport: str, epsilon: float | None) -> float:
     return REFERENCE_EPSILON if transport == "reference" else DEFAULT_RELATIVE_EPSILON
 
 
-@jax.jit
-def _average(map_MN: Plan, previous: Array, next_: Array) -> Array:
-    return (move_rows(map_MN, previous) + next_) / 2
-
-
 _move_columns = jax.jit(move_columns)
-
-
-@functools.partial(jax.jit, static_argnames=("transport", "epsilon"))
-def _align_by_sinkhorn(
-    previous_MD: Array, next_ND: Array, *, transport: str, epsilon: float
-) -> tuple[Coupling, Plan]:
-    relative = transport == "barycentric"
-    coupling = solve_sinkhorn(previous_MD, next_ND, epsilon=epsilon, relative=relative)
-    # The authors apply the coupling itself, whose columns sum to 1/n.
-    return coupling, barycentric_map(coupling) if relative else coupling.plan_MN
-
-
-def align(
-    previous_MD: Float[Array, "m d"],
-    next_ND: Float[Array, "n d"],
-    *,
-    transport: str,
-    epsilon: float,
-) -> Aligned:
-    """Transports the rows of A's kernel onto B's and averages: (T' W_A + W_B) / 2.
-
-    Compiled once per pair of shapes.
-
-    Args:
-        previous_MD: A's kernel, float32 [out, in].
-        next_ND: B's kernel, float32 [out, in].
-        transport: `reference`, `barycentric` or `assignment` (DESIGN, section 2).
-        epsilon: Entropy; absolute for `reference`, relative to the mean cost for `barycentric`,
-            unused for `assignment`.
-
-    Returns:
-        The coupling, the map that was applied and the fused kernel.
-    """
-    if transport == "assignment":
-        coupling = solve_assignment(previous_MD, next_ND)
-        map_MN = barycentric_map(coupling)
-    elif is_wide(len(previous_MD), len(next_ND)):
-        relative = transport == "barycentric"
-        coupling = solve_wide(previous_MD, next_ND, epsilon=epsilon, relative=relative)
-        map_MN = barycentric_map(coupling) if relative else coupling.plan_MN
-    else:
-        coupling, map_MN = _align_by_sinkhorn(
-            previous_MD, next_ND, transport=transport, epsilon=epsilon
-        )
-    return Aligned(coupling, map_MN, _average(map_MN, previous_MD, next_ND))
 
 
 def _is_norm(name: str) -> bool:
     return name.endswith("_norm")
 
 
-def _transport(
+@dataclasses.dataclass(frozen=True)
+class _Choices:
+    """How the kernels of two parents are fused.
+
+    Attributes:
+        transport: See `align`.
+        epsilon: See `align`.
+        fusion: `mean` or `rescaled`.
+        norm_offset: What is added to the scale of a norm where it is applied.
+    """
+
+    transport: str
+    epsilon: float
+    fusion: str
+    norm_offset: float
+
+
+class _Part(NamedTuple):
+    """Some parameters of a new block, and what is known about their making."""
+
+    params: Mapping[str, Array]
+    reports: list[MatrixReport]
+    maps: Mapping[str, Plan]
+    pictures: Mapping[str, MapPicture]
+
+
+def _read(block: Block, name: str, choices: _Choices) -> Array:
+    # One at a time: a block of an 8B model takes 0.9 GB in float32.
+    offset = choices.norm_offset if _is_norm(name) else 0.0
+    return jnp.asarray(block[name] + np.float32(offset) if offset else block[name])
+
+
+def _fuse_pair(
+    name: str, kernel_a: Array, kernel_b: Array, choices: _Choices
+) -> tuple[Array, Plan, MatrixReport]:
+    aligned = align(kernel_a, kernel_b, transport=choices.transport, epsilon=choices.epsilon)
+    fused_kernel = aligned.fused_ND
+    if choices.fusion == "rescaled":
+        fused_kernel = jnp.asarray(restore_rows(*map(np.asarray, (fused_kernel, kernel_b))))
+    line = report(name, aligned.coupling, fused_kernel, kernel_a, kernel_b)
+    return fused_kernel, aligned.map_MN, line
+
+
+def _fuse_kernel(
+    name: str, kernel_a: Array, previous: Block, next_: Block, choices: _Choices
+) -> _Part:
+    """A's kernel, as it is given, with B's; what belongs to its rows goes with them."""
+    kernel_b = _read(next_, f"{name}_kernel", choices)
+    kernel, map_MN, line = _fuse_pair(name, kernel_a, kernel_b, choices)
+    params = {f"{name}_kernel": kernel}
+    for row_name in (f"{name}_bias", f"{name}_norm"):
+        if row_name in previous and previous[row_name].size == kernel_a.shape[0]:
+            columns = (_read(block, row_name, choices)[:, None] for block in (previous, next_))
+            params[row_name] = average_aligned(map_MN, *columns)[:, 0]
+    # Others need that of output. The rest are for callers, who can do without wide ones.
+    is_kept = name == "output" or not is_wide(*map_MN.shape)
+    picture = picture_of(map_MN, line.match_order)
+    return _Part(params, [line], {name: map_MN} if is_kept else {}, {name: picture})
+
+
+def _fuse_experts(
     previous: Block,
     next_: Block,
-    *,
-    transport: str,
-    epsilon: float | None,
-    fusion: str,
+    output_map: Plan,
+    choices: _Choices,
     config: ModelConfig,
     needs_down: bool,
+) -> _Part:
+    """Experts are matched first, then fused in pairs like MLPs."""
+    names = ("post_attention_norm", *EXPERT_PARAMETERS)
+    a, b = ({k: _read(block, k, choices) for k in names} for block in (previous, next_))
+
+    def fuse(name: str, kernel_a: Array, kernel_b: Array) -> tuple[Array, MatrixReport]:
+        moved = kernel_a if name == "down" else _move_columns(kernel_a, output_map)
+        kernel, _, line = _fuse_pair(name, moved, kernel_b, choices)
+        return kernel, line
+
+    matrices = ("gate", "up", "down") if needs_down else ("gate", "up")
+    kernels, lines, map_EE = fuse_experts(a, b, config, matrices, choices.fusion, fuse)
+    router_map = jnp.asarray(map_EE)
+    pictures = {"router": picture_of(router_map, lines[0].match_order)}
+    return _Part(kernels, lines, {"router": router_map}, pictures)
+
+
+def _transport(
+    previous: Block, next_: Block, choices: _Choices, *, config: ModelConfig, needs_down: bool
 ) -> Fused:
     """OpT-DeUS, in the order of its authors' code (Cao et al. 2025; DESIGN, section 2).
 
     Norms that Llama does not have are averaged; those of whole projections follow their rows.
-    Experts are matched first, then fused in pairs like MLPs.
     """
-    norm_offset = config.norm.offset
+    read = functools.partial(_read, choices=choices)
 
-    def read(block: Block, name: str) -> Array:
-        # One at a time: a block of an 8B model takes 0.9 GB in float32.
-        offset = norm_offset if _is_norm(name) else 0.0
-        return jnp.asarray(block[name] + np.float32(offset) if offset else block[name])
+    def fuse(name: str, kernel_a: Array) -> _Part:
+        return _fuse_kernel(name, kernel_a, previous, next_, choices)
 
     fused = {
         name: (read(previous, name) + read(next_, name)) / 2 for name in previous if _is_norm(name)
     }
-    reports: list[MatrixReport] = []
-    maps: dict[str, Plan] = {}
-    pictures: dict[str, MapPicture] = {}
-
-    def fuse_pair(name: str, kernel_a: Array, kernel_b: Array) -> tuple[Array, Plan, MatrixReport]:
-        aligned = align(
-            kernel_a,
-            kernel_b,
-            transport=transport,
-            epsilon=transport_epsilon(transport, epsilon),
-        )
-        fused_kernel = aligned.fused_ND
-        if fusion == "rescaled":
-            fused_kernel = jnp.asarray(restore_rows(*map(np.asarray, (fused_kernel, kernel_b))))
-        line = report(name, aligned.coupling, fused_kernel, kernel_a, kernel_b)
-        return fused_kernel, aligned.map_MN, line
-
-    def fuse(name: str, kernel_a: Array) -> None:
-        kernel, map_MN, line = fuse_pair(name, kernel_a, read(next_, f"{name}_kernel"))
-        fused[f"{name}_kernel"] = kernel
-        reports.append(line)
-        for row_name in (f"{name}_bias", f"{name}_norm"):
-            if row_name in previous and previous[row_name].size == kernel_a.shape[0]:
-                columns = (read(block, row_name)[:, None] for block in (previous, next_))
-                fused[row_name] = _average(map_MN, *columns)[:, 0]
-        pictures[name] = picture_of(map_MN, line.match_order)
-        # Others need that of output. The rest are for callers, who can do without wide ones.
-        if name == "output" or not is_wide(*map_MN.shape):
-            maps[name] = map_MN
-
-    def fuse_expert(name: str, kernel_a: Array, kernel_b: Array) -> tuple[Array, MatrixReport]:
-        moved = kernel_a if name == "down" else _move_columns(kernel_a, output_map)
-        kernel, _, line = fuse_pair(name, moved, kernel_b)
-        return kernel, line
-
-    for name in ("query", "key", "value", "output"):
-        fuse(name, read(previous, f"{name}_kernel"))
-    output_map = maps["output"]
+    attention = ("query", "key", "value", "output")
+    parts = [fuse(name, read(previous, f"{name}_kernel")) for name in attention]
+    output_map = parts[-1].maps["output"]
     if "post_attention_norm" in previous:
         norm_a = read(previous, "post_attention_norm")
         moved_norm = _move_columns(norm_a[None], output_map)[0]
@@ -179,25 +149,22 @@ def _transport(
         norm = (norm_a + read(next_, "post_attention_norm")) / 2
         fused["post_attention_norm"] = norm
     if "router_kernel" in previous:
-        matrices = ("gate", "up", "down") if needs_down else ("gate", "up")
-        read_by_experts = ("post_attention_norm", *EXPERT_PARAMETERS)
-        a, b = ({k: read(block, k) for k in read_by_experts} for block in (previous, next_))
-        kernels, lines, map_EE = fuse_experts(a, b, config, matrices, fusion, fuse_expert)
-        fused |= kernels
-        maps["router"] = jnp.asarray(map_EE)
-        pictures["router"] = picture_of(maps["router"], lines[0].match_order)
-        reports += lines
+        parts.append(_fuse_experts(previous, next_, output_map, choices, config, needs_down))
     else:
         for name in ("gate", "up"):
-            fuse(name, _move_columns(read(previous, f"{name}_kernel"), output_map))
+            moved = _move_columns(read(previous, f"{name}_kernel"), output_map)
+            parts.append(fuse(name, moved))
         if needs_down:
-            fuse("down", read(previous, "down_kernel"))
+            parts.append(fuse("down", read(previous, "down_kernel")))
+    for part in parts:
+        fused |= part.params
     block = {name: np.asarray(value) for name, value in fused.items()}
+    maps = {name: plan for part in parts for name, plan in part.maps.items()}
     return Fused(
-        shift_norms(block, -norm_offset),
-        tuple(reports),
+        shift_norms(block, -choices.norm_offset),
+        tuple(line for part in parts for line in part.reports),
         {name: np.asarray(m) for name, m in maps.items() if not isinstance(m, ScaledKernel)},
-        pictures,
+        {name: picture for part in parts for name, picture in part.pictures.items()},
     )
 
 
@@ -236,6 +203,14 @@ def _end_branches(
         elif output_scale != 1:
             block[name] = zero + np.float32(output_scale) * (block[name] - np.float32(zero))
     return block
+
+
+def _pictures(made: Fused) -> Mapping[str, MapPicture]:
+    """Those that were made on the way, or else of the maps."""
+    order = {line.name: line.match_order for line in made.reports}
+    return made.pictures or {
+        name: picture_of(m, order[name]) for name, m in made.maps.items() if name in order
+    }
 
 
 def fuse_blocks(
@@ -280,73 +255,66 @@ def fuse_blocks(
         UserError: What was asked for does not know all parameters of the block.
         ValueError: `weights` is not one of the names above, or `predicted` without `lesa`.
     """
-    made = _make(
-        previous,
-        next_,
-        config=config,
-        weights=weights,
-        zero_init=zero_init,
-        transport=transport,
-        epsilon=epsilon,
-        fusion=fusion,
-        seed=seed,
-        lesa=lesa,
-    )
+    if weights == "transport":
+        made = _make_by_transport(
+            previous, next_, config, zero_init, transport=transport, epsilon=epsilon, fusion=fusion
+        )
+    else:
+        block = _make_otherwise(previous, next_, config, weights, fusion, seed, lesa)
+        made = Fused(block, (), {})
     block = _end_branches(made.block, config, zero_init, output_scale)
     if balance:
         block = balance_branches(block, config)
     if branch_scale != 1:
         block = scale_branches(block, branch_scale)
-    order = {line.name: line.match_order for line in made.reports}
-    pictures = made.pictures or {
-        name: picture_of(m, order[name]) for name, m in made.maps.items() if name in order
-    }
-    return made._replace(block=block, pictures=pictures)
+    return made._replace(block=block, pictures=_pictures(made))
 
 
-def _make(
+def _make_by_transport(
     previous: Block,
     next_: Block,
-    *,
     config: ModelConfig,
-    weights: str,
     zero_init: bool,
+    *,
     transport: str,
     epsilon: float | None,
     fusion: str,
+) -> Fused:
+    if transport == "symmetric":
+        return fuse_symmetric(previous, next_, config=config, fusion=fusion, epsilon=epsilon)
+    own_epsilon = transport_epsilon(transport, epsilon)
+    # Where it is zeroed its plan, on the widest matrix, would be thrown away.
+    ends_in_down = any(name.endswith("down_kernel") for name in identity_values(config))
+    return _transport(
+        previous,
+        next_,
+        _Choices(transport, own_epsilon, fusion, config.norm.offset),
+        config=config,
+        needs_down=not (zero_init and ends_in_down),
+    )
+
+
+def _make_otherwise(
+    previous: Block,
+    next_: Block,
+    config: ModelConfig,
+    weights: str,
+    fusion: str,
     seed: int,
     lesa: Lesa | None,
-) -> Fused:
-    """The new block before its ends are zeroed or scaled."""
-    if weights == "transport" and transport == "symmetric":
-        return fuse_symmetric(previous, next_, config=config, fusion=fusion, epsilon=epsilon)
-    if weights == "transport":
-        return _transport(
-            previous,
-            next_,
-            transport=transport,
-            epsilon=epsilon,
-            fusion=fusion,
-            config=config,
-            # Where it is zeroed its plan, on the widest matrix, would be thrown away.
-            needs_down=not (
-                zero_init and any(name.endswith("down_kernel") for name in identity_values(config))
-            ),
-        )
+) -> dict[str, np.ndarray]:
     if weights == "average":
-        block = _averaged(previous, next_, fusion)
-    elif weights == "copy_previous":
-        block = dict(previous)
-    elif weights == "copy_next":
-        block = dict(next_)
-    elif weights == "half_next":
-        block = _halved(next_)
-    elif weights == "random":
-        block = _random_block(config, seed)
-    elif weights == "twin":
-        block = twin_block(next_, config)
-    elif weights == "predicted" and lesa is not None:
-        block = predict_block(lesa, previous, next_)
-    else:
-        raise ValueError(f"weights={weights!r} is not a way to make a new block")
-    return Fused(block, (), {})
+        return _averaged(previous, next_, fusion)
+    if weights == "copy_previous":
+        return dict(previous)
+    if weights == "copy_next":
+        return dict(next_)
+    if weights == "half_next":
+        return _halved(next_)
+    if weights == "random":
+        return _random_block(config, seed)
+    if weights == "twin":
+        return twin_block(next_, config)
+    if weights == "predicted" and lesa is not None:
+        return predict_block(lesa, previous, next_)
+    raise ValueError(f"weights={weights!r} is not a way to make a new block")

@@ -21,10 +21,12 @@ from opt_deus_jax.distributed.compiled_report import (
 )
 from opt_deus_jax.distributed.hlo_costs import Collective, HloCosts, count_hlo
 from opt_deus_jax.distributed.hlo_text import parse_hlo
+from opt_deus_jax.distributed.sharding import named_sharding
 from opt_deus_jax.distributed.topology import CHIPS, parse_topology, topology_devices
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.accounting import count_costs
 from opt_deus_jax.models.attention import causal_attention
+from opt_deus_jax.models.moe import Routing, apply_experts
 from opt_deus_jax.training.ahead import lower_train_step
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.methods import plan_layers
@@ -166,6 +168,43 @@ def test_splash_attention_counts_its_causal_half() -> None:
     costs = _costs(compiled)
     # 2 products forward, 3 + 4 backward; 3 of the 4 blocks of 512 x 512 touch the causal half.
     assert costs.flops == 2 * (2 + 3 + 4) * (2 * 2) * (3 * 512 * 512) * 64
+    assert costs.uncounted_kernels == ()
+
+
+# The second makes a number of rows that XLA would not group.
+@pytest.mark.parametrize("tokens", [2048, 2044])
+def test_grouped_experts_multiply_each_row_once(tokens: int) -> None:
+    pytest.importorskip("libtpu")
+    width, inner, number, per_token = 256, 512, 8, 2
+    mesh = _mesh(topology_devices(parse_topology("v5e:2x2")), (1, 2, 2))
+
+    def shaped(shape: tuple[int, ...], dtype: Any, *axes: str) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
+
+    def loss(x_MD, block, routing):
+        made_MD = apply_experts(x_MD, routing, block, jax.nn.silu, "grouped")
+        return jnp.sum(made_MD.astype(jnp.float32) ** 2)
+
+    rows = ("expert", "expert_mlp", "width")
+    block = {
+        "experts_gate_kernel": shaped((number, inner, width), jnp.bfloat16, *rows),
+        "experts_up_kernel": shaped((number, inner, width), jnp.bfloat16, *rows),
+        "experts_down_kernel": shaped(
+            (number, width, inner), jnp.bfloat16, "expert", "width", "expert_mlp"
+        ),
+    }
+    routing = Routing(
+        shaped((tokens, per_token), jnp.float32, "batch", "length"),
+        shaped((tokens, per_token), jnp.int32, "batch", "length"),
+        shaped((tokens, number), jnp.float32, "batch", "all_experts"),
+    )
+    x_MD = shaped((tokens, width), jnp.bfloat16, "batch", "gathered_width")
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x_MD, block, routing).compile()
+    costs = _costs(compiled)
+    # Three kernels: forward, back to the rows, and each kernel's own gradient. Every device has
+    # half of the tokens, which come to 2048 rows, padding included.
+    assert costs.flops == 3 * 3 * 2 * 2048 * width * inner
     assert costs.uncounted_kernels == ()
 
 

@@ -46,6 +46,22 @@ def test_logits_equal_transformers(variant):
     np.testing.assert_allclose(streamed_logits(source, tokens_BT), expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
+def test_grouped_experts_give_the_logits_of_transformers(variant):
+    source, tokens_BT = base(variant), tokens(length=40, vocabulary=64)
+    config, params = params_of(source)
+
+    def grouped(params, tokens_BT):
+        hidden_BTD = language_model.hidden_states(
+            params, tokens_BT, config=config, dtype=FLOAT32, experts="grouped"
+        )
+        head = language_model.head_kernel(params, FLOAT32)
+        return language_model.project_to_vocabulary(hidden_BTD, head, config.logits)
+
+    expected = oracle_logits(oracle(variant), tokens_BT)
+    np.testing.assert_allclose(jax.jit(grouped)(params, tokens_BT), expected, rtol=0, atol=2e-4)
+
+
 # A window, a norm and a rotary embedding of each kind, and experts.
 @pytest.mark.parametrize(
     "variant", ["qwen3", "smollm3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"]

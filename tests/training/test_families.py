@@ -20,6 +20,7 @@ from opt_deus_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.training.placement import put_rows
@@ -45,10 +46,11 @@ NEW = 3
 
 
 @functools.cache
-def program_of(variant, mesh=(1, 1, 1)) -> Program:
+def program_of(variant, mesh=(1, 1, 1), experts="dense") -> Program:
     config = read_model_config(base(variant).hf_config)
     trained = select_trained(config, [depth == NEW for depth in range(4)], "new")
-    experiment = dataclasses.replace(EXPERIMENT, mesh=MeshConfig(*mesh))
+    training = dataclasses.replace(EXPERIMENT.training, experts=experts)
+    experiment = dataclasses.replace(EXPERIMENT, mesh=MeshConfig(*mesh), training=training)
     return make_program(experiment, config, trained, jax.devices()[: np.prod(mesh)])
 
 
@@ -151,6 +153,23 @@ def test_first_gradients_through_a_norm_are_of_the_size_of_a_llamas(variant):
     # What zeroed kernels would give: a norm at zero multiplies by 1 / sqrt(epsilon), here 1000.
     kernels = ZEROED | {"output_bias": 0.0} if variant == "olmo2" else ZEROED
     assert gradient_norm(variant, kernels) / of_llama > 300
+
+
+@pytest.mark.parametrize(("variant", "mesh"), [("mixtral", (2, 2, 2)), ("qwen3_moe", (1, 1, 1))])
+def test_grouped_experts_have_the_loss_and_gradients_of_torch(variant, mesh):
+    loss, gradients, _, _ = one_step(program_of(variant, mesh, "grouped"), base(variant))
+    expected_loss, expected = by_torch(variant)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    largest = max(np.abs(expected.read(name)).max() for name in gradients)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(
+            gradient, expected.read(name), rtol=1e-3, atol=1e-5 * largest, err_msg=name
+        )
+
+
+def test_a_model_without_experts_is_not_trained_by_grouped_ones():
+    with pytest.raises(UserError, match="training.experts='grouped': the model has no experts"):
+        program_of("llama", experts="grouped")
 
 
 # Norms over all heads, which the mesh cuts; experts, of which each device has some.

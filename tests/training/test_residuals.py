@@ -1,10 +1,13 @@
 """What the forward pass stores for the backward pass, read from the jaxpr of the gradient."""
 
+import contextlib
 from typing import Any
 
+import jax
 import pytest
 
-from opt_deus_jax.config import TrainingConfig
+from opt_deus_jax.config import MeshConfig, TrainingConfig
+from opt_deus_jax.distributed.mesh import make_mesh
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs
 from opt_deus_jax.training.segments import plan_segments, select_trained
@@ -14,6 +17,11 @@ from tests.training.gradients import gradient_jaxpr
 from tests.training.tiny import tiny_hf_config
 
 CONFIG = read_model_config(tiny_hf_config())
+EXPERTS = read_model_config(
+    tiny_hf_config(model_type="mixtral", num_local_experts=6, num_experts_per_tok=2)
+)
+
+_EXPERT_KERNELS = ((48, 32), (32, 48))
 
 
 def stacked_outputs(scan: Any) -> list[tuple[int, ...]]:
@@ -63,3 +71,22 @@ def test_no_kernel_is_stored_a_second_time(remat: str, compute_dtype: str):
     for scan in scans(gradient_jaxpr(CONFIG, names, training, 2, 9)):
         if not scan.params["reverse"]:
             assert not kernels & {shape[1:] for shape in stacked_outputs(scan)}
+
+
+@pytest.mark.parametrize("shape", [None, (1, 2, 2)])
+@pytest.mark.parametrize("remat", ["none", "matmuls", "block"])
+def test_no_kernel_of_an_expert_is_stored_a_second_time(
+    remat: str, shape: tuple[int, int, int] | None
+):
+    names = select_trained(EXPERTS, [False, False, True, False], "new")
+    training = TrainingConfig(remat=remat, experts="grouped")
+    mesh = None if shape is None else make_mesh(MeshConfig(*shape), jax.devices()[:4])
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        jaxpr = gradient_jaxpr(EXPERTS, names, training, 2, 9)
+    found = scans(jaxpr)
+    assert any(stacked_outputs(scan) for scan in found)
+    for scan in found:
+        if not scan.params["reverse"]:
+            # Of however many experts: a mesh stores what each device has one after another.
+            kernels = [shape for shape in stacked_outputs(scan) if shape[2:] in _EXPERT_KERNELS]
+            assert not kernels

@@ -12,7 +12,7 @@ from scipy.spatial import distance
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs
 from opt_deus_jax.transport import plan, wide
-from opt_deus_jax.upscaling import fusion
+from opt_deus_jax.upscaling import alignment, fusion
 from tests.llama_checkpoints import hf_config, smollm2
 
 EPSILON = 0.06
@@ -191,7 +191,7 @@ def test_a_permuted_layer_is_found_again(transport):
         if not name.endswith("_kernel"):
             continue
         order = generator.permutation(len(kernel))
-        aligned = fusion.align(
+        aligned = alignment.align(
             jnp.asarray(kernel), jnp.asarray(kernel[order]), transport=transport, epsilon=0.01
         )
         assert relative_error(np.asarray(aligned.fused_ND), kernel[order]) < 1e-3
@@ -207,7 +207,7 @@ def test_barycentric_is_relative_to_the_size_of_the_weights_and_reference_is_not
     def plan(transport, previous, next_):
         kernels = (jnp.asarray(block["query_kernel"]) for block in (previous, next_))
         epsilon = fusion.transport_epsilon(transport, None)
-        aligned = fusion.align(*kernels, transport=transport, epsilon=epsilon)
+        aligned = alignment.align(*kernels, transport=transport, epsilon=epsilon)
         return np.asarray(aligned.map_MN)
 
     barycentric = plan("barycentric", a, b)
