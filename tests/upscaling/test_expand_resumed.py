@@ -1,5 +1,6 @@
 """Expansions that are killed and gone on with end in the same bytes."""
 
+import dataclasses
 import fcntl
 import functools
 import json
@@ -15,7 +16,7 @@ from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.reporting.plots import plot_diagnostics
-from opt_deus_jax.upscaling import expand
+from opt_deus_jax.upscaling import expand, grown_tensors
 from tests.llama_checkpoints import hf_config, random_tensors, source_of, tokens, write_directory
 
 CONFIG = hf_config(intermediate_size=32, num_key_value_heads=4)
@@ -65,7 +66,7 @@ def killed_after(number):
             raise Killed
         return source.read(name)
 
-    return expand.dataclasses.replace(source, read=read)
+    return dataclasses.replace(source, read=read)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def expand_slowly(base, directory):
         time.sleep(0.02)
         return source.read(name)
 
-    run(directory, expand.dataclasses.replace(source, read=read))
+    run(directory, dataclasses.replace(source, read=read))
 
 
 def test_a_process_that_is_killed_at_any_moment_ends_in_the_same_bytes(tmp_path):
@@ -116,13 +117,13 @@ def test_what_is_written_is_kept(tmp_path, uninterrupted, monkeypatch, reads):
         run(tmp_path, killed_after(reads))
     lines = lines_of(tmp_path)
     fused = []
-    fuse = expand.fuse_blocks
+    fuse = grown_tensors.fuse_blocks
 
     def counted(*parents, **options):
         fused.append(parents)
         return fuse(*parents, **options)
 
-    monkeypatch.setattr(expand, "fuse_blocks", counted)
+    monkeypatch.setattr(grown_tensors, "fuse_blocks", counted)
     said = []
     made = run(tmp_path, source_of(CONFIG, tensors_of()), say=said.append)
     expected, whole = uninterrupted
