@@ -1,27 +1,43 @@
 """Streams a base checkpoint into a grown one, a block at a time."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from opt_deus_jax.checkpoints.fused import fuse, split_fused
-from opt_deus_jax.checkpoints.hf import open_hf_directory, plan_shards, write_json, write_weights
-from opt_deus_jax.checkpoints.journal import Journal, create_resumable
+from opt_deus_jax.checkpoints.fused import split_fused
+from opt_deus_jax.checkpoints.hf import (
+    Shard,
+    open_hf_directory,
+    plan_shards,
+    write_index,
+    write_json,
+    write_shard,
+)
+from opt_deus_jax.checkpoints.journal import (
+    create_resumable,
+    forget,
+    journal_of,
+    keep_written,
+    read_notes,
+)
 from opt_deus_jax.checkpoints.manifest import Manifest, write_manifest
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.config import UpscaleConfig
+from opt_deus_jax.distributed.team import ALONE, Team
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
 from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport
-from opt_deus_jax.upscaling.base_tensors import changed_tensor
 from opt_deus_jax.upscaling.grown_tensors import ExpansionPlan, GrownTensors, plan_expansion
 from opt_deus_jax.upscaling.identity import IdentityReport, compare_to_base
 from opt_deus_jax.upscaling.layout import LayerOrigin
+from opt_deus_jax.upscaling.learned import Learned, News, learned_from
 from opt_deus_jax.upscaling.lesa import PredictorReport
 from opt_deus_jax.upscaling.provenance import expansion_manifest, made_from, model_card
+from opt_deus_jax.upscaling.shares import share_out
 
 Draw = Callable[[Path, Mapping[str, MapPicture], dict[int, tuple[MatrixReport, ...]]], None]
 
@@ -60,26 +76,79 @@ def _prove(
     return identity
 
 
+def _write_own(
+    partial: Path,
+    shards: Sequence[Shard],
+    grown: GrownTensors,
+    base_name: str,
+    say: Callable[[str], None],
+    check: Callable[[], None],
+) -> None:
+    """Writes what journals do not have of some files."""
+    kept: dict[str, dict[str, dict[str, Any]]] = {}
+    for shard in shards:
+        notes = keep_written(partial, shard)
+        changed = next(filter(None, map(grown.first_changed, notes.values())), None)
+        if changed:
+            say(f"{base_name}: tensor {changed} has changed; {partial / shard.file} is made anew")
+            forget(partial, shard)
+        kept[shard.file] = {} if changed else notes
+        for name in kept[shard.file]:
+            grown.pass_over(name)
+    names = [name for shard in shards for name, _ in shard.tensors]
+    missing = [
+        name for shard in shards for name, _ in shard.tensors if name not in kept[shard.file]
+    ]
+    if len(missing) < len(names):
+        number = len(names) - len(missing)
+        say(f"{partial}: {number} of {len(names)} tensors are written, and kept")
+    with grown.making(missing):
+        for shard in shards:
+            _write_shard(partial, shard, kept[shard.file], grown, check)
+
+
+def _write_shard(
+    partial: Path,
+    shard: Shard,
+    kept: Mapping[str, Mapping[str, Any]],
+    grown: GrownTensors,
+    check: Callable[[], None],
+) -> None:
+    news = News(kept.values())
+    with journal_of(partial, shard) as append:
+
+        def on_written(name: str, array: np.ndarray) -> None:
+            append(name, array, news.of(grown.note(name)))
+            check()
+
+        write_shard(partial, shard, grown.read, kept=kept, on_written=on_written)
+
+
 def _finish(
     source: CheckpointSource,
     partial: Path,
     name: str,
     plan: ExpansionPlan,
-    reader: GrownTensors,
+    shards: Sequence[Shard],
     probe_BT: np.ndarray,
     draw: Draw,
-) -> tuple[Manifest, IdentityReport]:
+    *,
+    is_first: bool,
+) -> tuple[Learned, IdentityReport | None]:
     """Makes a checkpoint of a folder that has all weights; its manifest is written last."""
+    learned = learned_from(read_notes(partial, shards))
+    if not is_first:
+        return learned, None
+    write_index(partial, shards)
     for file, content in source.side_files.items():
         (partial / file).write_bytes(content)
     write_json(partial / "config.json", grown_hf_config(source.hf_config, plan.parents))
     identity = _prove(source, open_hf_directory(partial, name), plan, probe_BT)
     (partial / "README.md").write_text(model_card(source.name, plan, identity))
-    if reader.pictures:
-        draw(partial, reader.pictures, reader.reports)
-    manifest = expansion_manifest(source, plan, reader, identity)
-    write_manifest(partial, manifest)
-    return manifest, identity
+    if learned.pictures:
+        draw(partial, learned.pictures, learned.reports)
+    write_manifest(partial, expansion_manifest(source, plan, learned, identity))
+    return learned, identity
 
 
 def expand_checkpoint(
@@ -89,16 +158,18 @@ def expand_checkpoint(
     *,
     probe_BT: Int[np.ndarray, "b t"],
     max_shard_bytes: int,
+    devices: Sequence[Any] = (),
+    team: Team = ALONE,
     on_layer: Callable[[LayerOrigin], None] = lambda origin: None,
     draw: Draw = lambda directory, pictures, reports: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Expansion:
     """Writes the grown model and proves what it computes.
 
-    The folder appears under its name only when it is complete and, if zero-initialised, proven
-    identical; at most two blocks, one plan and one tensor are in memory at a time (with method
-    `lesa` also what `learn_block` holds). What a killed expansion has written is checked by its
-    hashes and kept, and the result is the same.
+    The folder gets its name only when it is complete and, if zero-initialised, proven identical. In
+    memory are at most a tensor, and two blocks and a plan a device (with `lesa` also what
+    `learn_block` holds). What a kill leaves is checked by its hashes and kept. The result is the
+    same, on however many devices and processes.
 
     Args:
         source: The base.
@@ -106,40 +177,35 @@ def expand_checkpoint(
         directory: The Hugging Face folder to make; must not exist.
         probe_BT: Token ids on which the grown model is run against its base.
         max_shard_bytes: Size above which safetensors are split.
+        devices: What fuses, a gap each at a time; none for the default device.
+        team: The processes that share the files.
         on_layer: Called before each layer is made, for progress.
         draw: Leaves a picture; given the folder, the first new layer's pictures and all reports.
         say: Told what is kept of an expansion that was killed.
 
     Returns:
-        The manifest, the reports, and the distance from the base.
+        The manifest, the reports, and the distance from the base, in every process.
 
     Raises:
         UserError: A field contradicts the base, a tensor is not finite, a plan does not converge,
             the disk is full, the folder exists, or an identity is not one.
     """
     plan = plan_expansion(source, upscale)
-    reader = GrownTensors(source, plan, on_layer)
-    planned = {name: info for name, (info, _) in reader.planned.items()}
-    tensors, read = fuse(planned, reader.read, plan.config, len(plan.layers))
-    shards = plan_shards(tensors, max_shard_bytes)
-    made: list[tuple[Manifest, IdentityReport]] = []
-
-    def fill(partial: Path, journal: Journal) -> None:
-        kept = journal.keep_written(partial, shards)
-        if changed := changed_tensor(source, kept.values()):
-            say(f"{source.name}: tensor {changed} has changed; {partial} is made anew")
-            kept = journal.keep_none()
-        elif kept:
-            say(f"{directory}: {len(kept)} of {len(tensors)} tensors are written, and kept")
-        for name, note in kept.items():
-            reader.restore(name, note)
-
-        def on_written(name: str, array: np.ndarray) -> None:
-            journal.append(name, array, reader.take_note())
-
-        write_weights(partial, tensors, read, max_shard_bytes, kept=kept, on_written=on_written)
-        made.append(_finish(source, partial, str(directory), plan, reader, probe_BT, draw))
-
-    num_bytes = sum(info.num_bytes for _, info in tensors)
-    create_resumable(directory, num_bytes, made_from(plan, source, max_shard_bytes), fill, say)
-    return Expansion(directory, made[0][0], reader.reports, made[0][1], reader.predictors)
+    grown = GrownTensors(source, plan, devices, on_layer)
+    shards = plan_shards(grown.stored, max_shard_bytes)
+    own = share_out(shards, grown.fused_depth, team.count)[team.index]
+    name, first = str(directory), team.is_first
+    learned, identity = create_resumable(
+        directory,
+        sum(info.num_bytes for _, info in grown.stored),
+        made_from(plan, source, max_shard_bytes),
+        lambda partial: _write_own(partial, own, grown, source.name, say, team.check),
+        lambda partial: _finish(
+            source, partial, name, plan, shards, probe_BT, draw, is_first=first
+        ),
+        say,
+        team,
+    )
+    identity = IdentityReport(**team.gather(identity and dataclasses.asdict(identity))[0])
+    manifest = expansion_manifest(source, plan, learned, identity)
+    return Expansion(directory, manifest, learned.reports, identity, learned.predictors)

@@ -1,29 +1,27 @@
 """The tensors of a grown model, made one after another in the order in which they are written."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from opt_deus_jax.checkpoints.fused import fuse, parts_of_stored
 from opt_deus_jax.checkpoints.manifest import manifest_of
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.models.model_config import ModelConfig, read_model_config
+from opt_deus_jax.models.model_config import ModelConfig, grown_hf_config, read_model_config
 from opt_deus_jax.models.params import ParamSpec, block_specs, outer_specs
-from opt_deus_jax.transport.diagnostics import (
-    MapPicture,
-    MatrixReport,
-    picture_from_json,
-    picture_to_json,
-    report_from_json,
-)
+from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.base_tensors import BaseTensors, Parent
 from opt_deus_jax.upscaling.experts import check_parents
 from opt_deus_jax.upscaling.fusion import fuse_blocks
 from opt_deus_jax.upscaling.layout import LayerOrigin
-from opt_deus_jax.upscaling.lesa import Lesa, PredictorReport, check_predictable, learn_block
+from opt_deus_jax.upscaling.learned import note_of_layer
+from opt_deus_jax.upscaling.lesa import Lesa, check_predictable, learn_block
+from opt_deus_jax.upscaling.lookahead import Lookahead
 from opt_deus_jax.upscaling.methods import Method, layer_parents, plan_layers, resolve_method
 from opt_deus_jax.upscaling.new_block import Fused
 
@@ -45,6 +43,11 @@ class ExpansionPlan:
     method: Method
     layers: tuple[LayerOrigin, ...]
     parents: tuple[int, ...]
+
+    @property
+    def is_new(self) -> list[bool]:
+        """For every layer whether it is new."""
+        return [layer.is_new for layer in self.layers]
 
 
 def plan_expansion(source: CheckpointSource, upscale: UpscaleConfig) -> ExpansionPlan:
@@ -71,6 +74,11 @@ def plan_expansion(source: CheckpointSource, upscale: UpscaleConfig) -> Expansio
     return ExpansionPlan(config, upscale, method, layers, layer_parents(method, layers))
 
 
+def grown_config(source: CheckpointSource, plan: ExpansionPlan) -> ModelConfig:
+    """The network of the grown model."""
+    return read_model_config(grown_hf_config(source.hf_config, plan.parents))
+
+
 def _specs(plan: ExpansionPlan, origin: LayerOrigin) -> dict[str, ParamSpec]:
     """The parameters of a layer of the grown model."""
     return block_specs(plan.config, plan.config.layer_kinds[plan.parents[origin.depth]])
@@ -95,12 +103,12 @@ def _planned_tensors(
 
 
 def _fuse_layer(
-    base: BaseTensors, plan: ExpansionPlan, origin: LayerOrigin, lesa: Lesa | None
+    read: Callable[[str], np.ndarray], plan: ExpansionPlan, origin: LayerOrigin, lesa: Lesa | None
 ) -> Fused:
     if origin.previous is None:
         raise ValueError(f"layer {origin.depth} has no parent")
-    previous = Parent(base, plan.config, origin.previous)
-    next_ = previous if origin.next is None else Parent(base, plan.config, origin.next)
+    previous = Parent(read, plan.config, origin.previous)
+    next_ = previous if origin.next is None else Parent(read, plan.config, origin.next)
     return fuse_blocks(
         previous,
         next_,
@@ -128,95 +136,152 @@ def _check_converged(depth: int, reports: tuple[MatrixReport, ...]) -> None:
             )
 
 
-class GrownTensors:
-    """Makes each tensor of the grown model in the order in which it is written.
+class _FusedLayer(NamedTuple):
+    """A new layer's tensors in the dtypes they are stored in, and what is noted with each."""
 
-    What it learns on the way goes into the journal with the tensor by which it is learned, and
-    comes back from there when the tensor is kept.
+    tensors: dict[str, np.ndarray]
+    note: dict[str, Any]
+
+
+class GrownTensors:
+    """Makes each tensor of a grown model in the order in which it is written.
+
+    Attributes:
+        stored: Name, shape and dtype of all tensors, as they are stored and in that order.
     """
 
     def __init__(
-        self, source: CheckpointSource, plan: ExpansionPlan, on_layer: Callable[[LayerOrigin], None]
+        self,
+        source: CheckpointSource,
+        plan: ExpansionPlan,
+        devices: Sequence[Any],
+        on_layer: Callable[[LayerOrigin], None],
     ):
-        self.plan, self.on_layer = plan, on_layer
-        self.base = BaseTensors(source)
-        self.planned = _planned_tensors(source, plan)
-        self.fused_tensors: dict[str, np.ndarray] = {}
-        self.reports: dict[int, tuple[MatrixReport, ...]] = {}
-        self.pictures: Mapping[str, MapPicture] = {}
-        self.predictors: tuple[PredictorReport, ...] = ()
-        self.lesa: Lesa | None = None
-        self.note: dict[str, Any] = {}
-        self.layer_of: dict[str, LayerOrigin] = {}
-        self.first_of: dict[str, LayerOrigin] = {}
+        """Makes nothing yet.
+
+        Args:
+            source: The base.
+            plan: What is made of it.
+            devices: What fuses, one gap each at a time; none for the default device.
+            on_layer: Called before each layer is made or told of.
+        """
+        self._plan, self._devices, self._on_layer = plan, devices, on_layer
+        self._base = BaseTensors(source)
+        self._planned = _planned_tensors(source, plan)
+        infos = {name: info for name, (info, _) in self._planned.items()}
+        depth = len(plan.layers)
+        self.stored, self._read_stored = fuse(infos, self._read_part, plan.config, depth)
+        self._parts = parts_of_stored(infos, plan.config, depth)
+        self._layer_of: dict[str, LayerOrigin] = {}
+        self._first_of: dict[str, LayerOrigin] = {}
         for origin in plan.layers:
             names = [
                 spec.hf_name.format(layer=origin.depth) for spec in _specs(plan, origin).values()
             ]
-            self.layer_of |= dict.fromkeys(names, origin)
-            self.first_of[names[0]] = origin
+            self._layer_of |= dict.fromkeys(names, origin)
+            self._first_of[names[0]] = origin
+        self._lesa: Lesa | None = None
+        self._learned_of: dict[str, str] = {}
+        self._ahead: Lookahead[_FusedLayer] = Lookahead(self._fuse, (), ())
+        self._held: dict[str, np.ndarray] = {}
+        self._notes: dict[int, dict[str, Any]] = {}
 
-    def read(self, name: str) -> np.ndarray:
+    def fused_depth(self, stored: str) -> int | None:
+        """The depth of the fused layer that a tensor is of, None for one that is copied."""
+        origin = self._layer_of.get(self._parts[stored][0])
+        return origin.depth if origin is not None and origin.base_layer is None else None
+
+    def first_changed(self, note: Mapping[str, Any]) -> str | None:
+        """The first tensor of the base that is not what it was when something was noted."""
+        return self._base.first_changed(note.get("base", {}))
+
+    def pass_over(self, stored: str) -> None:
+        """Says that a tensor is written already."""
+        for part in self._parts[stored]:
+            if part in self._first_of:
+                self._on_layer(self._first_of[part])
+
+    @contextlib.contextmanager
+    def making(self, missing: Iterable[str]) -> Iterator[None]:
+        """Makes ready for `read` of tensors, in this order.
+
+        Args:
+            missing: Names of what is stored.
+        """
+        depths = dict.fromkeys(map(self.fused_depth, missing))
+        layers = [self._plan.layers[depth] for depth in depths if depth is not None]
+        if layers and self._plan.method.weights == "predicted":
+            self._learn()
+        self._ahead = Lookahead(self._fuse, layers, self._devices)
+        try:
+            yield
+        finally:
+            self._ahead.close()
+
+    def read(self, stored: str) -> np.ndarray:
+        """Makes a tensor as it is stored."""
+        return self._read_stored(stored)
+
+    def note(self, stored: str) -> dict[str, Any]:
+        """What is to be known of a tensor that has been made, as JSON (see learned.py)."""
+        depth = self.fused_depth(stored)
+        if depth is not None:
+            return self._notes[depth]
+        likes = (self._planned[part][1] for part in self._parts[stored])
+        return {"base": {like: self._base.hashes[like] for like in likes}}
+
+    def _read_part(self, name: str) -> np.ndarray:
         """Makes a tensor, by the names of `named_tensors`."""
-        if name in self.first_of:
-            self.on_layer(self.first_of[name])
-        origin = self.layer_of.get(name)
+        if name in self._first_of:
+            self._on_layer(self._first_of[name])
+        origin = self._layer_of.get(name)
         if origin is None or origin.base_layer is not None:
-            return self.base.read(self.planned[name][1])
-        if name not in self.fused_tensors:
-            self._fuse(origin)
-        return self.fused_tensors.pop(name)
+            return self._base.read(self._planned[name][1])
+        if name not in self._held:
+            # Some of the layer before may be of another's file or kept, and not be asked for.
+            self._held.clear()
+            self._held, self._notes[origin.depth] = self._ahead.take(origin)
+        tensor = self._held.pop(name)
+        if not self._held:
+            self._ahead.let_go(origin)
+        return tensor
 
-    def take_note(self) -> dict[str, Any]:
-        """What was learned since the last call, as JSON."""
-        note, self.note = self.note, {}
-        if hashes := self.base.take_new_hashes():
-            note["base"] = hashes
-        return note
+    def _recording(self, used: dict[str, str]) -> Callable[[str], np.ndarray]:
+        """Reads the base, and keeps the hashes of what is read."""
 
-    def restore(self, name: str, note: Mapping[str, Any]) -> None:
-        """Learns what was noted with a tensor that is kept."""
-        if name in self.first_of:
-            self.on_layer(self.first_of[name])
-        self.base.hashes |= note.get("base", {})
-        if "reports" in note:
-            self.reports[note["depth"]] = tuple(map(report_from_json, note["reports"]))
-        if "predictors" in note:
-            self.predictors = tuple(PredictorReport(**fields) for fields in note["predictors"])
-        if "pictures" in note:
-            self.pictures = {k: picture_from_json(v) for k, v in note["pictures"].items()}
+        def read(name: str) -> np.ndarray:
+            array = self._base.read(name)
+            used[name] = self._base.hashes[name]
+            return array
+
+        return read
 
     def _learn(self) -> None:
-        self.lesa = learn_block(
-            lambda name: self.base.read(name).astype(np.float32, copy=False),
-            self.plan.config,
-            zero_init=self.plan.method.zero_init,
-            norms=self.plan.upscale.lesa_norms,
-            seed=self.plan.upscale.seed,
+        read = self._recording(self._learned_of)
+        self._lesa = learn_block(
+            lambda name: read(name).astype(np.float32, copy=False),
+            self._plan.config,
+            zero_init=self._plan.method.zero_init,
+            norms=self._plan.upscale.lesa_norms,
+            seed=self._plan.upscale.seed,
         )
-        self.predictors = self.lesa.reports
-        self.note["predictors"] = [dataclasses.asdict(report) for report in self.predictors]
 
-    def _fuse(self, origin: LayerOrigin) -> None:
-        # Some of a layer that was begun before a kill may be kept, and not be asked for.
-        self.fused_tensors.clear()
-        if self.plan.method.weights == "predicted" and self.lesa is None:
-            self._learn()
-        fused = _fuse_layer(self.base, self.plan, origin, self.lesa)
+    def _fuse(self, origin: LayerOrigin) -> _FusedLayer:
+        used = dict(self._learned_of)
+        fused = _fuse_layer(self._recording(used), self._plan, origin, self._lesa)
         _check_converged(origin.depth, fused.reports)
-        self.reports[origin.depth] = fused.reports
-        reports = [dataclasses.asdict(report) for report in fused.reports]
-        self.note |= {"depth": origin.depth, "reports": reports}
-        if not self.pictures and fused.pictures:
-            self.pictures = fused.pictures
-            pictures = {name: picture_to_json(p) for name, p in fused.pictures.items()}
-            self.note["pictures"] = pictures
-        for key, spec in _specs(self.plan, origin).items():
+        tensors: dict[str, np.ndarray] = {}
+        for key, spec in _specs(self._plan, origin).items():
             hf_name = spec.hf_name.format(layer=origin.depth)
-            cast = fused.block.pop(key).astype(self.planned[hf_name][0].dtype)
+            cast = fused.block.pop(key).astype(self._planned[hf_name][0].dtype)
             if not np.isfinite(cast).all():
                 raise UserError(
                     f"new layer {origin.depth}: {key} is not finite after fusion; raise "
                     "upscale.epsilon or use another upscale.transport"
                 )
-            self.fused_tensors[hf_name] = cast
+            tensors[hf_name] = cast
+        predictors = self._lesa.reports if self._lesa is not None else ()
+        first = next(layer.depth for layer in self._plan.layers if layer.base_layer is None)
+        is_first = origin.depth == first
+        note = note_of_layer(origin.depth, fused, used, predictors, is_first=is_first)
+        return _FusedLayer(tensors, note)

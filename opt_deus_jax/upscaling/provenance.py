@@ -10,8 +10,9 @@ from opt_deus_jax.checkpoints.hf import combine_hashes
 from opt_deus_jax.checkpoints.manifest import Manifest, software_versions
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.upscaling.fusion import transport_epsilon
-from opt_deus_jax.upscaling.grown_tensors import ExpansionPlan, GrownTensors
+from opt_deus_jax.upscaling.grown_tensors import ExpansionPlan
 from opt_deus_jax.upscaling.identity import IdentityReport
+from opt_deus_jax.upscaling.learned import Learned
 
 
 def _options(plan: ExpansionPlan) -> dict[str, Any]:
@@ -85,14 +86,14 @@ def made_from(
 
 
 def expansion_manifest(
-    source: CheckpointSource, plan: ExpansionPlan, reader: GrownTensors, identity: IdentityReport
+    source: CheckpointSource, plan: ExpansionPlan, learned: Learned, identity: IdentityReport
 ) -> Manifest:
     """The manifest of a grown model.
 
     Args:
         source: The base.
         plan: What was made of it.
-        reader: What was learned by making it.
+        learned: What was learned by making it.
         identity: How far it is from its base.
 
     Returns:
@@ -101,7 +102,7 @@ def expansion_manifest(
     base: dict[str, Any] = {
         "name": Path(source.name).name,
         "num_layers": plan.config.num_layers,
-        "sha256": combine_hashes(reader.base.hashes),
+        "sha256": combine_hashes(learned.base),
     }
     if tokenizer_json := source.side_files.get("tokenizer.json"):
         base["tokenizer_sha256"] = hashlib.sha256(tokenizer_json).hexdigest()
@@ -117,9 +118,9 @@ def expansion_manifest(
                 "depth": depth,
                 **{k: v for k, v in dataclasses.asdict(report).items() if k != "match_order"},
             }
-            for depth, reports in reader.reports.items()
+            for depth, reports in learned.reports.items()
             for report in reports
         )
-        + tuple(map(dataclasses.asdict, reader.predictors)),
+        + tuple(map(dataclasses.asdict, learned.predictors)),
         versions=software_versions(),
     )

@@ -153,15 +153,15 @@ def test_an_output_kernel_that_is_not_zero_is_caught(tmp_path, monkeypatch, kern
 
 
 def test_an_old_layer_that_is_moved_is_caught(tmp_path, monkeypatch):
-    write = expand.write_weights
+    write = expand.write_shard
 
-    def swapped(directory, tensors, read, max_shard_bytes, **options):
+    def swapped(directory, shard, read, **options):
         def read_other(name):
             return read(name)[::-1] if name == GATE.format(1) else read(name)
 
-        write(directory, tensors, read_other, max_shard_bytes, **options)
+        write(directory, shard, read_other, **options)
 
-    monkeypatch.setattr(expand, "write_weights", swapped)
+    monkeypatch.setattr(expand, "write_shard", swapped)
     assert_refused(tmp_path, "grown: the grown model is not its base")
 
 
