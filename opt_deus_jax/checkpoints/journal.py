@@ -22,7 +22,6 @@ from opt_deus_jax.errors import ResumableError, UserError
 FILE_NAME = "unfinished.jsonl"
 _BYTES_AT_ONCE = 2**24
 _T = TypeVar("_T")
-_U = TypeVar("_U")
 Append = Callable[[str, np.ndarray, Mapping[str, Any]], None]
 
 
@@ -223,8 +222,7 @@ def create_resumable(
     Args:
         directory: The folder to make; must not exist. All processes see it.
         num_bytes: Room that it will need.
-        made_from: JSON of all that its content depends on. What was begun with another is made
-            anew.
+        made_from: JSON of all that its content depends on; with another, all is made anew.
         fill: Writes this process's share of what journals do not have into the folder it is given.
         finish: Called when all have done that.
         say: Told of what is thrown away.
@@ -239,8 +237,10 @@ def create_resumable(
             `ResumableError`, is something left: what is whole by then.
     """
     partial = directory.with_name(directory.name + ".partial")
+    naming_full_disk = _full_disk_named(directory, num_bytes)
     with contextlib.ExitStack() as held:
 
+        @naming_full_disk
         def begin() -> None:
             if not team.is_first:
                 return
@@ -248,17 +248,13 @@ def create_resumable(
                 raise UserError(f"{directory}: exists; delete it or choose another --workdir")
             there = sum(path.stat().st_size for path in partial.glob("*"))
             check_room(directory, num_bytes, there)
-            partial.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(exist_ok=True)
             _begin(partial, made_from, held.enter_context(_hold(partial)), say)
-
-        def guarded(step: Callable[[Path], _U]) -> _U:
-            with _full_disk_named(directory, num_bytes):
-                return step(partial)
 
         team.run(begin)
         try:
-            team.run(lambda: guarded(fill))
-            made = team.run(lambda: guarded(finish))
+            team.run(lambda: naming_full_disk(fill)(partial))
+            made = team.run(lambda: naming_full_disk(finish)(partial))
         except ResumableError:
             raise
         except UserError:

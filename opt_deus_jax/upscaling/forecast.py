@@ -147,6 +147,29 @@ def _sizes(config: ModelConfig, layers: Sequence[LayerOrigin]) -> tuple[int, int
     return sum(sizes), grown, new
 
 
+def _memory_peak(
+    config: ModelConfig, upscale: UpscaleConfig, method: Method, itemsize: int, gaps: int
+) -> tuple[int, str]:
+    """The most that a process takes which fuses so many gaps at once, and for what."""
+    specs = (*outer_specs(config).values(), *block_specs(config).values())
+    largest = max(spec.size for spec in specs)
+    # A tensor, the pages of the file that it comes from, and where it is finite.
+    peaks = [
+        ((2 * itemsize + 1) * largest, "the largest tensor"),
+        (_proof_peak(config, itemsize), "the proof of identity"),
+    ]
+    if gaps:
+        fusion, doing = _fusion_peak(config, upscale, method)
+        if gaps > 1:
+            # Beside what is being made a tensor of another layer is written.
+            fusion, doing = (
+                gaps * fusion + itemsize * largest,
+                f"{gaps} gaps at once, each: {doing}",
+            )
+        peaks.append((fusion, doing))
+    return max(peaks)
+
+
 def forecast(
     config: ModelConfig,
     upscale: UpscaleConfig,
@@ -174,21 +197,9 @@ def forecast(
     base_size, grown_size, new_size = _sizes(config, layers)
     config = _of_largest(config)
     outer = {name: spec.size for name, spec in outer_specs(config).items()}
-    largest = max(*outer.values(), *(spec.size for spec in block_specs(config).values()))
     fused = sum(layer.base_layer is None for layer in layers)
-    # A tensor, the pages of the file that it comes from, and where it is finite.
-    peaks = [
-        ((2 * itemsize + 1) * largest, "the largest tensor"),
-        (_proof_peak(config, itemsize), "the proof of identity"),
-    ]
     gaps_at_once = max(1, min(gaps_at_once, fused))
-    if fused:
-        fusion, doing = _fusion_peak(config, upscale, method)
-        # The tensor that is being written is of one of the gaps, or of none.
-        others = (gaps_at_once - 1) * fusion + (gaps_at_once > 1) * itemsize * largest
-        several = f"{gaps_at_once} gaps at once, each: " if gaps_at_once > 1 else ""
-        peaks.append((fusion + others, several + doing))
-    most, peak = max(peaks)
+    most, peak = _memory_peak(config, upscale, method, itemsize, gaps_at_once if fused else 0)
     plans = _transported(config, method) if method.weights == "transport" and fused else []
     if upscale.transport == "symmetric":
         plans = [m for m in plans if m.rows == config.mlp_width]

@@ -107,7 +107,7 @@ def test_journals_do_not_depend_on_what_was_made_ahead(tmp_path, monkeypatch):
 
 def test_a_changed_base_is_found_in_every_file_that_was_made_of_it(tmp_path):
     with pytest.raises(Killed):
-        run(tmp_path, killed_after(110), 8)
+        run(tmp_path, killed_after(110), 1)
     # Of layer 3 there is a copy, and it is a parent of the new layers below and above.
     tensors = random_tensors(CONFIG)
     tensors["model.layers.3.mlp.gate_proj.weight"] += 1
