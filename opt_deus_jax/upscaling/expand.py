@@ -160,7 +160,7 @@ def expand_checkpoint(
     max_shard_bytes: int,
     devices: Sequence[Any] = (),
     team: Team = ALONE,
-    on_layer: Callable[[LayerOrigin], None] = lambda origin: None,
+    on_layer: Callable[[LayerOrigin], object] = lambda origin: None,
     draw: Draw = lambda directory, pictures, reports: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Expansion:

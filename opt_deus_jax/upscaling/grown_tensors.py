@@ -155,7 +155,7 @@ class GrownTensors:
         source: CheckpointSource,
         plan: ExpansionPlan,
         devices: Sequence[Any],
-        on_layer: Callable[[LayerOrigin], None],
+        on_layer: Callable[[LayerOrigin], object],
     ):
         """Makes nothing yet.
 
