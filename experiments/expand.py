@@ -59,7 +59,7 @@ def main() -> None:
     here = team.count_here()
     source, devices, probe_BT, depth = team.run(lambda: prepare(experiment, team, here, tell))
     total = depth if team.count == 1 else None
-    with tqdm.tqdm(total=total, desc="expand", unit="layer", disable=not first) as bar:
+    with tqdm.tqdm(total=total, desc="expand", unit=" layers", disable=not first) as bar:
         expansion = expand_checkpoint(
             source,
             experiment.upscale,

@@ -18,14 +18,16 @@ from opt_deus_jax.upscaling.expand import expand_checkpoint
 from tests.children import join, leave
 
 
-def expand_here(directory: Path, pause: float, address: str, count: int, index: int) -> None:
-    """Expands the folder's base, of which it reads a tensor each so many seconds."""
+def expand_here(
+    directory: Path, pauses: tuple[float, ...], address: str, count: int, index: int
+) -> None:
+    """Expands the folder's base, of which it reads a tensor after each pause of its own."""
     jax.config.update("jax_num_cpu_devices", 2)
     join(address, count, index)
     source = open_checkpoint(str(directory / "base"))
 
     def read(name: str) -> np.ndarray:
-        time.sleep(pause)
+        time.sleep(pauses[index])
         return source.read(name)
 
     said: list[str] = []

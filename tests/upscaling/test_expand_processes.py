@@ -32,9 +32,9 @@ def test_two_processes_one_killed_then_three_end_in_the_bytes_of_one(children: A
     tensors = random_tensors(CONFIG)
     write_directory(tmp_path / "base", CONFIG, tensors)
     write_directory(tmp_path / "alone" / "base", CONFIG, tensors)
-    assert end(start(children, expand_here, 1, tmp_path / "alone", 0.0), PATIENCE) == [0]
+    assert end(start(children, expand_here, 1, tmp_path / "alone", (0,)), PATIENCE) == [0]
 
-    started = start(children, expand_here, 2, tmp_path, 0.1)
+    started = start(children, expand_here, 2, tmp_path, (0.1, 0.1))
     # Until both have written something.
     while not list((tmp_path / "grown.partial").glob(f"model-0000[6-9]*.{journal.FILE_NAME}")):
         assert all(process.is_alive() for process in started)
@@ -47,7 +47,7 @@ def test_two_processes_one_killed_then_three_end_in_the_bytes_of_one(children: A
     assert not (tmp_path / "grown").exists()
 
     kept = written(tmp_path)
-    assert end(start(children, expand_here, 3, tmp_path, 0.0), PATIENCE) == [0, 0, 0]
+    assert end(start(children, expand_here, 3, tmp_path, (0, 0, 0)), PATIENCE) == [0, 0, 0]
     assert content(tmp_path) == content(tmp_path / "alone")
     manifests = {(tmp_path / f"manifest_{i}.json").read_text() for i in range(3)}
     assert manifests == {(tmp_path / "alone" / "manifest_0.json").read_text()}
@@ -59,10 +59,10 @@ def test_two_processes_one_killed_then_three_end_in_the_bytes_of_one(children: A
 
 def test_an_error_in_one_process_ends_both_with_it(children: Any, tmp_path: Path):
     tensors = random_tensors(CONFIG)
-    # Only the second process reads it; the first would be busy for minutes.
+    # Only the second process reads it; the first would be busy for a minute and a half.
     tensors["model.norm.weight"][3] = np.nan
     write_directory(tmp_path / "base", CONFIG, tensors)
-    assert end(start(children, expand_here, 2, tmp_path, 1.0), PATIENCE) == [1, 1]
+    assert end(start(children, expand_here, 2, tmp_path, (2, 0)), PATIENCE) == [1, 1]
     first, second = said_by(tmp_path, 2)
     assert first == second
     assert len(first) == 1
