@@ -1,4 +1,4 @@
-"""The one exception that launchers turn into a line on the screen."""
+"""The exceptions that launchers turn into a line on the screen."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     Launchers print it as one line and exit with status 1. The message names the file or field and
     the remedy.
     """
+
+
+class ResumableError(UserError):
+    """The same, where nothing that was written is at fault: it is kept, to be gone on with."""

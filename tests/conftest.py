@@ -1,6 +1,9 @@
 """Eight fake CPU devices; implicit rank promotion is an error."""
 
+import multiprocessing
 import os
+from pathlib import Path
+from typing import Any
 
 # transformers warns about a missing torchvision or accelerate only through logging.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,7 +11,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def children(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Starts processes as forks of one that has imported JAX but not used it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        patch.setenv("JAX_NUM_CPU_DEVICES", str(len(jax.devices())))
+        patch.setenv("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            [
+                "tests.training.test_kills",
+                "tests.training.test_processes",
+                "tests.upscaling.expanding_process",
+            ]
+        )
+        yield context

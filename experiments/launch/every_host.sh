@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What each host of a pod runs: host 0 grows and tokenises while the others wait, then all train.
+# What each host of a pod runs: all grow, host 0 tokenises while the others wait, then all train.
 #
 #   CONFIG=... WORKDIR=/shared/8b HOST=0 experiments/launch/every_host.sh [--config.FIELD=VALUE ...]
 #
@@ -12,18 +12,20 @@ PYTHON="${PYTHON:-python3}"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 flags=("--config=$CONFIG" "--workdir=$WORKDIR" "$@")
-# Each launcher gives what it wrote its name, or writes its last file, when it is complete.
+# All hosts share the gaps and files, on their CPUs unless EXPAND_PLATFORMS says tpu.
+JAX_PLATFORMS="${EXPAND_PLATFORMS:-cpu}" "$PYTHON" -m experiments.expand "${flags[@]}" \
+  --coordinator=auto
+# prepare_data writes its last file when all is complete.
 if [[ "$HOST" == 0 ]]; then
   # A TPU host that is alone waits for the others as soon as it touches its chips.
-  JAX_PLATFORMS=cpu "$PYTHON" -m experiments.expand "${flags[@]}"
   JAX_PLATFORMS=cpu "$PYTHON" -m experiments.prepare_data "${flags[@]}"
 else
   waited=0
-  until [[ -d "$WORKDIR/expanded" && -f "$WORKDIR/records/records.json" ]]; do
+  until [[ -f "$WORKDIR/records/records.json" ]]; do
     sleep 10
     waited=$((waited + 10))
     if ((waited > ${WAIT_SECONDS:-14400})); then
-      echo "error: host 0 did not finish $WORKDIR/expanded and $WORKDIR/records" >&2
+      echo "error: host 0 did not finish $WORKDIR/records" >&2
       exit 1
     fi
   done

@@ -12,6 +12,7 @@ PYTHON="${PYTHON:-python3}"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 flags=("--config=$CONFIG" "--workdir=$WORKDIR" "$@")
-JAX_PLATFORMS=cpu "$PYTHON" -m experiments.expand "${flags[@]}"
+# On the CPU unless EXPAND_PLATFORMS says cuda: then on all GPUs, a gap each at a time.
+JAX_PLATFORMS="${EXPAND_PLATFORMS:-cpu}" "$PYTHON" -m experiments.expand "${flags[@]}"
 JAX_PLATFORMS=cpu "$PYTHON" -m experiments.prepare_data "${flags[@]}"
 exec "$PYTHON" -m experiments.train "${flags[@]}"

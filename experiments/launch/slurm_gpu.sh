@@ -25,9 +25,10 @@ cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 flags=("--config=$CONFIG" "--workdir=$WORKDIR" "$@")
-for launcher in experiments.expand experiments.prepare_data; do
-  JAX_PLATFORMS=cpu srun --nodes=1 --ntasks=1 "$PYTHON" -m "$launcher" "${flags[@]}"
-done
+# All tasks share the gaps and files, on their CPUs unless EXPAND_PLATFORMS says cuda.
+JAX_PLATFORMS="${EXPAND_PLATFORMS:-cpu}" srun "$PYTHON" -m experiments.expand "${flags[@]}" \
+  --coordinator=auto
+JAX_PLATFORMS=cpu srun --nodes=1 --ntasks=1 "$PYTHON" -m experiments.prepare_data "${flags[@]}"
 status=0
 srun "$PYTHON" -m experiments.train "${flags[@]}" --coordinator=auto || status=$?
 # 143: stopped by SIGTERM with a checkpoint saved.

@@ -15,8 +15,8 @@ CODE="${CODE:-opt_deus_jax}"
 # The number of a host is known on the host only.
 number="\$(curl -sf -H Metadata-Flavor:Google \
 http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)"
-printf -v settings 'CONFIG=%q WORKDIR=%q PYTHON=.venv/bin/python HOST="%s"' \
-  "$CONFIG" "$WORKDIR" "$number"
+printf -v settings 'CONFIG=%q WORKDIR=%q EXPAND_PLATFORMS=%q PYTHON=.venv/bin/python HOST="%s"' \
+  "$CONFIG" "$WORKDIR" "${EXPAND_PLATFORMS:-cpu}" "$number"
 printf -v place '%q' "$CODE"
 arguments=""
 if (($#)); then

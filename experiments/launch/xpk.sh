@@ -19,7 +19,8 @@ set -euo pipefail
 : "${WORKDIR:?set WORKDIR to a folder on that storage}"
 
 # GKE numbers the hosts of a slice in TPU_WORKER_ID.
-printf -v settings 'CONFIG=%q WORKDIR=%q HOST="%s"' "$CONFIG" "$WORKDIR" "\$TPU_WORKER_ID"
+printf -v settings 'CONFIG=%q WORKDIR=%q EXPAND_PLATFORMS=%q HOST="%s"' \
+  "$CONFIG" "$WORKDIR" "${EXPAND_PLATFORMS:-cpu}" "\$TPU_WORKER_ID"
 arguments=""
 if (($#)); then
   printf -v arguments ' %q' "$@"

@@ -15,6 +15,11 @@ Read = Callable[[str], np.ndarray]
 _ANY = "*"
 
 
+def expert_names(name: str, number: int) -> list[str]:
+    """The names under which a tensor is stored: a stack of so many experts has one for each."""
+    return [name.replace(_ANY, str(expert)) for expert in range(number)] if _ANY in name else [name]
+
+
 def stack_experts(source: CheckpointSource, config: ModelConfig) -> CheckpointSource:
     """Shows the tensors of all experts of a layer as one.
 
@@ -30,7 +35,7 @@ def stack_experts(source: CheckpointSource, config: ModelConfig) -> CheckpointSo
         UserError: An expert is missing or of another shape or dtype than the others.
     """
     stacks = {
-        name: (spec.shape, [name.replace(_ANY, str(i)) for i in range(spec.shape[0])])
+        name: (spec.shape, expert_names(name, spec.shape[0]))
         for name, spec in named_tensors(config, config.num_layers)
         if _ANY in name
     }
@@ -100,8 +105,7 @@ def unstack_experts(
         if _ANY not in name:
             stored[name] = info
             continue
-        for expert in range(info.shape[0]):
-            expert_name = name.replace(_ANY, str(expert))
+        for expert, expert_name in enumerate(expert_names(name, info.shape[0])):
             stored[expert_name] = TensorInfo(info.shape[1:], info.dtype)
             place_of[expert_name] = (name, expert)
     held: dict[str, np.ndarray] = {}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from opt_deus_jax.checkpoints.experts import stack_experts, unstack_experts
+from opt_deus_jax.checkpoints.experts import expert_names, stack_experts, unstack_experts
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig
@@ -76,6 +76,28 @@ def split_fused(source: CheckpointSource, config: ModelConfig) -> CheckpointSour
         return read_slice(name, (slice(None), slice(None))) if name in places else source.read(name)
 
     return dataclasses.replace(source, tensors=tensors, read=read, read_slice=read_slice)
+
+
+def parts_of_stored(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, num_layers: int
+) -> dict[str, list[str]]:
+    """Of which tensors each is made that `fuse` stores.
+
+    Args:
+        tensors: Every tensor by the names of `named_tensors`, in the order of writing.
+        config: The network.
+        num_layers: The depth of what is written.
+
+    Returns:
+        Names of `tensors` by that of what is stored.
+    """
+    wholes = fused_names(config, num_layers)
+    whole_of = {part: whole for whole, parts in wholes.items() for part in parts}
+    made_of: dict[str, list[str]] = {}
+    for name, info in tensors.items():
+        for stored in expert_names(name, info.shape[0]):
+            made_of.setdefault(whole_of.get(stored, stored), []).append(name)
+    return made_of
 
 
 def fuse(

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,18 +212,28 @@ def _header(tensors: list[tuple[str, TensorInfo]]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _write_shard(
-    path: Path,
+def write_shard(
+    directory: Path,
     shard: Shard,
     read: Callable[[str], np.ndarray],
-    kept: Container[str],
-    on_written: Callable[[str, np.ndarray], None],
+    *,
+    kept: Container[str] = (),
+    on_written: Callable[[str, np.ndarray], None] = lambda name, array: None,
 ) -> None:
+    """Writes a safetensors file, one tensor in memory at a time.
+
+    Args:
+        directory: An existing folder.
+        shard: The file.
+        read: Makes or reads one tensor; called in the order of writing.
+        kept: The first of the tensors, where they are in the file already; they are not read.
+        on_written: Called with each of the others when it is in the file.
+    """
     # The safetensors package writes only from a dict that holds the whole shard in memory.
     places = list(shard.places())
     missing = [place for place in places if place[0] not in kept]
     infos = dict(shard.tensors)
-    with path.open("r+b" if len(missing) < len(places) else "wb") as file:
+    with (directory / shard.file).open("r+b" if len(missing) < len(places) else "wb") as file:
         if len(missing) == len(places):
             file.write(shard.header)
         else:
@@ -242,14 +252,21 @@ def _write_shard(
         os.fsync(file.fileno())
 
 
+def write_index(directory: Path, shards: Sequence[Shard]) -> None:
+    """Writes the index of several files; one file needs none."""
+    if len(shards) == 1:
+        return
+    weight_map = {name: shard.file for shard in shards for name, _ in shard.tensors}
+    total = sum(info.num_bytes for shard in shards for _, info in shard.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / INDEX_FILE, index)
+
+
 def write_weights(
     directory: Path,
     tensors: Iterable[tuple[str, TensorInfo]],
     read: Callable[[str], np.ndarray],
     max_shard_bytes: int,
-    *,
-    kept: Container[str] = (),
-    on_written: Callable[[str, np.ndarray], None] = lambda name, array: None,
 ) -> None:
     """Writes safetensors, with an index where there are several, one tensor in memory at a time.
 
@@ -258,18 +275,11 @@ def write_weights(
         tensors: Name, shape and dtype of each tensor, in the order in which `read` is called.
         read: Makes or reads one tensor.
         max_shard_bytes: A new file is begun before this size is passed.
-        kept: The first of the tensors, where they are in their files already; they are not read.
-        on_written: Called with each of the others when it is in its file.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     for shard in shards:
-        _write_shard(directory / shard.file, shard, read, kept, on_written)
-    if len(shards) == 1:
-        return
-    weight_map = {name: shard.file for shard in shards for name, _ in shard.tensors}
-    total = sum(info.num_bytes for shard in shards for _, info in shard.tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(directory / INDEX_FILE, index)
+        write_shard(directory, shard, read)
+    write_index(directory, shards)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -4,109 +4,55 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from opt_deus_jax.checkpoints.hf import Shard, check_room, hash_array
 from opt_deus_jax.checkpoints.lock import lock
-from opt_deus_jax.errors import UserError
+from opt_deus_jax.distributed.team import ALONE, Team
+from opt_deus_jax.errors import ResumableError, UserError
 
+# Says what the folder is made from, and keeps others out. Beside each file of weights another,
+# `<file>.unfinished.jsonl`, has a line for each tensor: whoever writes the file next may go on.
 FILE_NAME = "unfinished.jsonl"
 _BYTES_AT_ONCE = 2**24
+_T = TypeVar("_T")
+Append = Callable[[str, np.ndarray, Mapping[str, Any]], None]
 
 
-class Journal:
-    """What of an unfinished folder is written: a line of JSON for each tensor, after one for all.
+def _path(directory: Path, shard: Shard) -> Path:
+    return directory / f"{shard.file}.{FILE_NAME}"
 
-    A tensor counts when its line and its bytes are whole. Nothing need be durable for that: what a
-    crash of the machine has lost is found by its hash, and made again.
-    """
 
-    def __init__(self, path: Path):
-        """Opens the journal and keeps every other process from it.
-
-        Args:
-            path: The file; made where there is none.
-
-        Raises:
-            UserError: Another process has it.
-        """
-        self._file = path.open("a+b")
-        try:
-            lock(self._file, f"{path.parent}: another process is writing it; wait for it or end it")
-        except UserError:
-            self._file.close()
-            raise
-        self._file.seek(0)
-        self._lines: list[dict[str, Any]] = []
-        self._ends: list[int] = []
-        for line in self._file:
-            # The last one may have been cut short.
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of a journal that are whole, and where each ends."""
+    lines: list[dict[str, Any]] = []
+    ends = [0]
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            # The last one may have been cut short, if only by what ends it.
+            if not line.endswith(b"\n"):
+                break
             try:
-                self._lines.append(json.loads(line))
+                lines.append(json.loads(line))
             except (json.JSONDecodeError, UnicodeDecodeError):
                 break
-            self._ends.append(sum(self._ends[-1:]) + len(line))
-
-    @property
-    def made_from(self) -> dict[str, Any]:
-        """What the folder was begun with; empty in a new one."""
-        return self._lines[0] if self._lines else {}
-
-    def begin(self, made_from: Mapping[str, Any]) -> None:
-        """Forgets all, and writes down what the folder is made from."""
-        self._file.truncate(0)
-        self._file.write(_encoded(made_from))
-        self._file.flush()
-        self._lines, self._ends = [dict(made_from)], [self._file.tell()]
-
-    def keep_written(self, directory: Path, shards: Sequence[Shard]) -> dict[str, dict[str, Any]]:
-        """Checks what is written, and forgets what comes after the first tensor that is not whole.
-
-        Args:
-            directory: The folder.
-            shards: Its files.
-
-        Returns:
-            What was noted of the tensors that are whole, in the order of writing.
-        """
-        lines = {line["tensor"]: line for line in self._lines[1:]}
-        kept: dict[str, dict[str, Any]] = {}
-        for shard in shards:
-            whole = _whole_tensors(directory / shard.file, shard, lines)
-            kept |= {name: lines[name] for name in whole}
-            if len(whole) < len(shard.tensors):
-                break
-        # Lines are in the order of writing: those that are kept come first.
-        self._file.truncate(self._ends[len(kept)])
-        return {name: line["note"] for name, line in kept.items()}
-
-    def keep_none(self) -> dict[str, dict[str, Any]]:
-        """Forgets all that is written; `keep_written` of nothing."""
-        self._file.truncate(self._ends[0])
-        return {}
-
-    def append(self, tensor: str, array: np.ndarray, note: Mapping[str, Any]) -> None:
-        """Adds a tensor that is in its file, with what must be known of it if it is kept."""
-        line = {"tensor": tensor, "sha256": hash_array(array), "note": note}
-        self._file.write(_encoded(line))
-        self._file.flush()
-
-    def close(self) -> None:
-        """Lets other processes have it."""
-        self._file.close()
+            ends.append(ends[-1] + len(line))
+    return lines, ends
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def _whole_tensors(path: Path, shard: Shard, lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _whole_tensors(path: Path, shard: Shard, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """The tensors at the beginning of a file whose bytes are those that were noted."""
+    noted = {line["tensor"]: line["sha256"] for line in lines}
     whole: list[str] = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         if file.read(len(shard.header)) != shard.header:
@@ -116,10 +62,90 @@ def _whole_tensors(path: Path, shard: Shard, lines: Mapping[str, Mapping[str, An
             while size and (part := file.read(min(size, _BYTES_AT_ONCE))):
                 digest.update(part)
                 size -= len(part)
-            if size or name not in lines or lines[name]["sha256"] != digest.hexdigest():
+            if size or noted.get(name) != digest.hexdigest():
                 break
             whole.append(name)
     return whole
+
+
+def keep_written(directory: Path, shard: Shard) -> dict[str, dict[str, Any]]:
+    """Checks what is written of a file, and forgets what comes after the first damage.
+
+    A tensor counts when its line and its bytes are whole. Nothing need be durable for that: what a
+    crash of the machine has lost is found by its hash, and made again.
+
+    Args:
+        directory: The folder.
+        shard: The file.
+
+    Returns:
+        What was noted of the tensors that are whole, in the order of writing.
+    """
+    path = _path(directory, shard)
+    lines, ends = _read_lines(path)
+    whole = _whole_tensors(directory / shard.file, shard, lines)
+    if path.exists():
+        # Lines are in the order of writing: those that are kept come first.
+        os.truncate(path, ends[len(whole)])
+    return {line["tensor"]: line["note"] for line in lines[: len(whole)]}
+
+
+def forget(directory: Path, shard: Shard) -> None:
+    """Forgets all that is written of a file."""
+    _path(directory, shard).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def journal_of(directory: Path, shard: Shard) -> Iterator[Append]:
+    """Opens the journal of a file.
+
+    Args:
+        directory: The folder.
+        shard: The file.
+
+    Yields:
+        What adds a tensor that is in the file, with what must be known of it if it is kept.
+    """
+    with _path(directory, shard).open("ab") as file:
+
+        def append(tensor: str, array: np.ndarray, note: Mapping[str, Any]) -> None:
+            file.write(_encoded({"tensor": tensor, "sha256": hash_array(array), "note": note}))
+            file.flush()
+
+        yield append
+
+
+def read_notes(directory: Path, shards: Sequence[Shard]) -> list[dict[str, Any]]:
+    """What was noted of all tensors of some files, in the order of writing.
+
+    Args:
+        directory: The folder.
+        shards: Files that are written.
+
+    Raises:
+        ResumableError: A note is missing.
+    """
+    notes: list[dict[str, Any]] = []
+    for shard in shards:
+        path = _path(directory, shard)
+        lines, _ = _read_lines(path)
+        if [line["tensor"] for line in lines] != [name for name, _ in shard.tensors]:
+            raise ResumableError(
+                f"{path}: has notes of {len(lines)} of {len(shard.tensors)} tensors; does this "
+                "file system show what other machines wrote? Start again: what is whole is kept"
+            )
+        notes += [line["note"] for line in lines]
+    return notes
+
+
+def count_written(directory: Path) -> int:
+    """How many tensors of a folder that is being made are in their files."""
+    written = 0
+    for path in directory.glob(f"*.{FILE_NAME}"):
+        # The folder may get its name just now.
+        with contextlib.suppress(FileNotFoundError):
+            written += path.read_bytes().count(b"\n")
+    return written
 
 
 def _first_difference(before: Any, now: Any, path: str = "") -> str:
@@ -134,65 +160,110 @@ def _first_difference(before: Any, now: Any, path: str = "") -> str:
 
 def is_finished(directory: Path) -> bool:
     """Whether a folder has been made; clears away what a kill in its last moment has left."""
-    (directory / FILE_NAME).unlink(missing_ok=True)
+    for path in directory.glob(f"*{FILE_NAME}"):
+        path.unlink(missing_ok=True)
     return directory.exists()
+
+
+def _hold(partial: Path) -> IO[bytes]:
+    """Opens the partial folder's own journal, and keeps every other program from it."""
+    file = (partial / FILE_NAME).open("a+b")
+    try:
+        lock(file, f"{partial}: another process is writing it; wait for it or end it")
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def _begin(partial: Path, made_from: Any, file: IO[bytes], say: Callable[[str], None]) -> None:
+    """Clears away what was begun from something else, and writes down what is begun now."""
+    made_from = json.loads(json.dumps(made_from))
+    lines, _ = _read_lines(partial / FILE_NAME)
+    if lines[:1] == [made_from]:
+        return
+    if lines:
+        field = _first_difference(lines[0], made_from)
+        say(f"{partial}: was begun with another {field}; it is made anew")
+    file.truncate(0)
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != FILE_NAME:
+            path.unlink()
+    file.write(_encoded(made_from))
+    file.flush()
+
+
+@contextlib.contextmanager
+def _full_disk_named(directory: Path, num_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ResumableError(
+                f"{directory}: no space left on the device, {num_bytes:,} bytes are needed; free "
+                "some and start again: what is whole is kept"
+            ) from None
+        raise
 
 
 def create_resumable(
     directory: Path,
     num_bytes: int,
     made_from: Mapping[str, Any],
-    fill: Callable[[Path, Journal], None],
+    fill: Callable[[Path], None],
+    finish: Callable[[Path], _T],
     say: Callable[[str], None],
-) -> None:
+    team: Team = ALONE,
+) -> _T:
     """Fills a folder under a temporary name, which a killed run leaves for the next to go on with.
 
     Args:
-        directory: The folder to make; must not exist.
+        directory: The folder to make; must not exist. All processes see it.
         num_bytes: Room that it will need.
-        made_from: JSON of all that its content depends on. What was begun with another is made
-            anew.
-        fill: Writes what the journal does not have into the folder that it is given.
+        made_from: JSON of all that its content depends on; with another, all is made anew.
+        fill: Writes this process's share of what journals do not have into the folder it is given.
+        finish: Called when all have done that.
         say: Told of what is thrown away.
+        team: The processes that fill it.
+
+    Returns:
+        What `finish` returned.
 
     Raises:
-        UserError: The folder exists, another process is making it, the disk has no room, or `fill`
-            refuses. Only after the second and third is anything left: what is whole by then.
+        UserError: The folder exists, another program is making it, the disk has no room, or `fill`
+            or `finish` refuses. Only after the second and third, and after any other
+            `ResumableError`, is something left: what is whole by then.
     """
-    if is_finished(directory):
-        raise UserError(f"{directory}: exists; delete it or choose another --workdir")
     partial = directory.with_name(directory.name + ".partial")
-    held = sum(path.stat().st_size for path in partial.glob("*")) if partial.exists() else 0
-    check_room(directory, num_bytes, held)
-    partial.mkdir(parents=True, exist_ok=True)
-    journal = Journal(partial / FILE_NAME)
-    made_from = json.loads(json.dumps(made_from))
-    try:
-        if journal.made_from != made_from:
-            if journal.made_from:
-                field = _first_difference(journal.made_from, made_from)
-                say(f"{partial}: was begun with another {field}; it is made anew")
-            journal.begin(made_from)
-            for path in partial.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != FILE_NAME:
-                    path.unlink()
-        fill(partial, journal)
-        partial.rename(directory)
-        journal.close()
+    naming_full_disk = _full_disk_named(directory, num_bytes)
+    with contextlib.ExitStack() as held:
+
+        @naming_full_disk
+        def begin() -> None:
+            if not team.is_first:
+                return
+            if is_finished(directory):
+                raise UserError(f"{directory}: exists; delete it or choose another --workdir")
+            there = sum(path.stat().st_size for path in partial.glob("*"))
+            check_room(directory, num_bytes, there)
+            partial.mkdir(exist_ok=True)
+            _begin(partial, made_from, held.enter_context(_hold(partial)), say)
+
+        team.run(begin)
+        try:
+            team.run(lambda: naming_full_disk(fill)(partial))
+            made = team.run(lambda: naming_full_disk(finish)(partial))
+        except ResumableError:
+            raise
+        except UserError:
+            if team.is_first:
+                # Network file systems keep a file that is open.
+                held.close()
+                shutil.rmtree(partial)
+            raise
+        team.run(lambda: partial.rename(directory) if team.is_first else None)
+    if team.is_first:
         is_finished(directory)
-    except UserError:
-        # Network file systems keep a file that is open.
-        journal.close()
-        shutil.rmtree(partial)
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(
-                f"{directory}: no space left on the device, {num_bytes:,} bytes are needed; free "
-                "some and start again: what is whole is kept"
-            ) from None
-        raise
-    finally:
-        journal.close()
+    return made

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from opt_deus_jax.checkpoints.hf import write_json, write_weights
-from opt_deus_jax.checkpoints.journal import FILE_NAME
+from opt_deus_jax.checkpoints.journal import count_written
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
@@ -73,12 +73,12 @@ def expand_with_kills(
     Raises:
         UserError: One of them failed.
     """
-    journal = expanded.with_name(expanded.name + ".partial") / FILE_NAME
+    partial = expanded.with_name(expanded.name + ".partial")
     taken: list[Measured] = []
     for kill in range(1, kills + 1):
 
         def is_time(lines: int = num_tensors * kill // (kills + 1)) -> bool:
-            return journal.exists() and journal.read_bytes().count(b"\n") > lines
+            return count_written(partial) >= lines
 
         taken.append(run_measured(command, is_time))
     return [*taken, run_measured(command)]

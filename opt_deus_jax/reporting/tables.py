@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 from opt_deus_jax.models.accounting import Costs
 from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.transport.diagnostics import MatrixReport
+from opt_deus_jax.upscaling.expand import Expansion
 from opt_deus_jax.upscaling.forecast import Forecast, Speed, forecast_seconds
 from opt_deus_jax.upscaling.identity import IdentityReport
 from opt_deus_jax.upscaling.layout import LayerOrigin
@@ -144,6 +146,21 @@ def identity_line(identity: IdentityReport) -> str:
         f"not an identity: logits differ by up to {identity.max_difference:.3g}, mean KL "
         f"{identity.mean_divergence:.4g} nats ({identity.tokens} tokens)"
     )
+
+
+def expansion_report(expansion: Expansion, picture: Path) -> list[Table | str]:
+    """What came of an expansion, in tables and lines.
+
+    Args:
+        expansion: It.
+        picture: Where its picture is, if it has one.
+    """
+    items: list[Table | str] = []
+    if picture.exists():
+        items += [diagnostics_table(expansion.reports), f"picture: {picture}"]
+    if expansion.predictors:
+        items.append(predictor_table(expansion.predictors))
+    return [*items, identity_line(expansion.identity), f"grown model: {expansion.directory}"]
 
 
 def show(*items: Table | str) -> None:

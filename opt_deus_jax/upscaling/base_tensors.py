@@ -1,7 +1,6 @@
 """The base as an expansion reads it: checked, hashed, a parameter in memory at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -15,14 +14,15 @@ from opt_deus_jax.models.params import block_specs
 class BaseTensors:
     """Reads tensors, refuses those that are not finite, and hashes each once.
 
+    Several threads may read: at worst two of them hash the same tensor.
+
     Attributes:
-        hashes: sha256 of each tensor that was read, now or by an expansion that is gone on with.
+        hashes: sha256 of each tensor that was read.
     """
 
     def __init__(self, source: CheckpointSource):
         """Reads from a checkpoint."""
         self._source = source
-        self._new: dict[str, str] = {}
         self.hashes: dict[str, str] = {}
 
     def read(self, name: str) -> np.ndarray:
@@ -37,42 +37,36 @@ class BaseTensors:
                 f"{self._source.name}: tensor {name} holds NaN or Inf; fetch the checkpoint again"
             )
         if name not in self.hashes:
-            self.hashes[name] = self._new[name] = hash_array(array)
+            self.hashes[name] = hash_array(array)
         return array
 
-    def take_new_hashes(self) -> dict[str, str]:
-        """Those that were made since the last call."""
-        new, self._new = self._new, {}
-        return new
+    def first_changed(self, hashes: Mapping[str, str]) -> str | None:
+        """The first tensor that has another hash than the one given; None where none has.
 
-
-def changed_tensor(source: CheckpointSource, notes: Iterable[Mapping[str, Any]]) -> str | None:
-    """The first tensor whose hash is not the one that was noted under `base`; None where all are.
-
-    Args:
-        source: The base, of which every noted tensor is read again.
-        notes: Of the tensors that a killed expansion has written.
-    """
-    for note in notes:
-        for name, digest in note.get("base", {}).items():
-            if hash_array(source.read(name)) != digest:
+        Args:
+            hashes: sha256 by name, as a killed expansion has noted them.
+        """
+        for name, digest in hashes.items():
+            if name not in self.hashes:
+                self.read(name)
+            if self.hashes[name] != digest:
                 return name
-    return None
+        return None
 
 
 class Parent(Mapping[str, np.ndarray]):
     """A block of the base in float32, of which a parameter is in memory only while it is used."""
 
-    def __init__(self, base: BaseTensors, config: ModelConfig, layer: int):
+    def __init__(self, read: Callable[[str], np.ndarray], config: ModelConfig, layer: int):
         """Names the block's tensors; reads none."""
-        self._base = base
+        self._read = read
         self._names = {
             name: spec.hf_name.format(layer=layer)
             for name, spec in block_specs(config, config.layer_kinds[layer]).items()
         }
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._base.read(self._names[name]).astype(np.float32, copy=False)
+        return self._read(self._names[name]).astype(np.float32, copy=False)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

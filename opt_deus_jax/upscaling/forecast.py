@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.memory import available_memory
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_size, block_specs, identity_values, outer_specs
 from opt_deus_jax.transport.plan import is_wide
+from opt_deus_jax.upscaling.grown_tensors import ExpansionPlan
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.methods import Method
 
@@ -43,6 +45,9 @@ class Forecast:
         table_bytes: Read by Sinkhorn iterations, if each plan takes 300.
         assignment_seconds: Of exact assignments.
         moved_bytes: Read from and written to disk.
+        proof_flops: Of `flops`, those of the proof of identity.
+        gaps_at_once: Fused by each process at the same time.
+        abreast: Gaps that all processes fuse at the same time.
     """
 
     memory_bytes: int
@@ -52,6 +57,9 @@ class Forecast:
     table_bytes: int
     assignment_seconds: float
     moved_bytes: int
+    proof_flops: int = 0
+    gaps_at_once: int = 1
+    abreast: int = 1
 
 
 class Speed(NamedTuple):
@@ -139,12 +147,38 @@ def _sizes(config: ModelConfig, layers: Sequence[LayerOrigin]) -> tuple[int, int
     return sum(sizes), grown, new
 
 
+def _memory_peak(
+    config: ModelConfig, upscale: UpscaleConfig, method: Method, itemsize: int, gaps: int
+) -> tuple[int, str]:
+    """The most that a process takes which fuses so many gaps at once, and for what."""
+    specs = (*outer_specs(config).values(), *block_specs(config).values())
+    largest = max(spec.size for spec in specs)
+    # A tensor, the pages of the file that it comes from, and where it is finite.
+    peaks = [
+        ((2 * itemsize + 1) * largest, "the largest tensor"),
+        (_proof_peak(config, itemsize), "the proof of identity"),
+    ]
+    if gaps:
+        fusion, doing = _fusion_peak(config, upscale, method)
+        if gaps > 1:
+            # Beside what is being made a tensor of another layer is written.
+            fusion, doing = (
+                gaps * fusion + itemsize * largest,
+                f"{gaps} gaps at once, each: {doing}",
+            )
+        peaks.append((fusion, doing))
+    return max(peaks)
+
+
 def forecast(
     config: ModelConfig,
     upscale: UpscaleConfig,
     method: Method,
     layers: Sequence[LayerOrigin],
     itemsize: int,
+    *,
+    gaps_at_once: int = 1,
+    processes: int = 1,
 ) -> Forecast:
     """Works out what an expansion takes.
 
@@ -154,23 +188,18 @@ def forecast(
         method: It, resolved.
         layers: From `plan_layers`.
         itemsize: Bytes a parameter, as stored.
+        gaps_at_once: How many gaps each process fuses at the same time.
+        processes: How many share the work.
 
     Returns:
-        The forecast.
+        The forecast, in memory that of one process.
     """
     base_size, grown_size, new_size = _sizes(config, layers)
     config = _of_largest(config)
     outer = {name: spec.size for name, spec in outer_specs(config).items()}
-    largest = max(*outer.values(), *(spec.size for spec in block_specs(config).values()))
     fused = sum(layer.base_layer is None for layer in layers)
-    # A tensor, the pages of the file that it comes from, and where it is finite.
-    peaks = [
-        ((2 * itemsize + 1) * largest, "the largest tensor"),
-        (_proof_peak(config, itemsize), "the proof of identity"),
-    ]
-    if fused:
-        peaks.append(_fusion_peak(config, upscale, method))
-    most, peak = max(peaks)
+    gaps_at_once = max(1, min(gaps_at_once, fused))
+    most, peak = _memory_peak(config, upscale, method, itemsize, gaps_at_once if fused else 0)
     plans = _transported(config, method) if method.weights == "transport" and fused else []
     if upscale.transport == "symmetric":
         plans = [m for m in plans if m.rows == config.mlp_width]
@@ -182,16 +211,36 @@ def forecast(
     base_bytes = itemsize * (base_size + sum(outer.values()))
     grown_bytes = itemsize * (grown_size + sum(outer.values()))
     multiplied = base_size + grown_size + 2 * max(outer.values())
+    proof_flops = 2 * _PROBE_TOKENS * multiplied
     return Forecast(
         memory_bytes=_RUNTIME_BYTES + most,
         peak=peak,
         disk_bytes=grown_bytes,
-        flops=fused * products + 2 * _PROBE_TOKENS * multiplied,
+        flops=fused * products + proof_flops,
         table_bytes=fused * soft * sum(_ITERATIONS * 2 * 4 * m.count * m.rows**2 for m in plans),
         assignment_seconds=fused
         * (not soft)
         * sum(_ASSIGNMENT_SECONDS * m.count * m.rows**3 for m in plans),
         moved_bytes=2 * base_bytes + 2 * grown_bytes + 2 * itemsize * new_size,
+        proof_flops=proof_flops,
+        gaps_at_once=gaps_at_once,
+        abreast=max(1, min(gaps_at_once * processes, fused)),
+    )
+
+
+def forecast_plan(
+    source: CheckpointSource, plan: ExpansionPlan, *, gaps_at_once: int, processes: int
+) -> Forecast:
+    """`forecast` of a base that is there."""
+    itemsize = max(info.dtype.itemsize for info in source.tensors.values())
+    return forecast(
+        plan.config,
+        plan.upscale,
+        plan.method,
+        plan.layers,
+        itemsize,
+        gaps_at_once=gaps_at_once,
+        processes=processes,
     )
 
 
@@ -225,28 +274,36 @@ def _seconds(a: jax.Array, b: jax.Array) -> float:
 
 
 def forecast_seconds(made: Forecast, speed: Speed) -> float:
-    """How long an expansion takes on a device of some speed; half of that or twice is possible."""
-    seconds = made.flops / speed.flops + made.table_bytes / speed.table_bytes
-    return seconds + made.assignment_seconds + made.moved_bytes / _DISK_BYTES_PER_SECOND
+    """How long an expansion takes on devices of some speed; half of that or twice is possible."""
+    fusion = (made.flops - made.proof_flops) / speed.flops + made.table_bytes / speed.table_bytes
+    fusion = (fusion + made.assignment_seconds) / made.abreast
+    proof = made.proof_flops / speed.flops
+    return fusion + proof + made.moved_bytes / _DISK_BYTES_PER_SECOND
 
 
-def check_memory(made: Forecast, upscale: UpscaleConfig) -> None:
+def check_memory(made: Forecast, upscale: UpscaleConfig, processes_here: int = 1) -> None:
     """Refuses an expansion that this machine, or its control group, has no memory for.
 
     Args:
         made: The forecast.
         upscale: The `upscale` part of an experiment.
+        processes_here: How many processes of the expansion run on this machine.
 
     Raises:
         UserError: It has not.
     """
     available = available_memory()
-    if made.memory_bytes <= available:
+    needed = processes_here * made.memory_bytes
+    if needed <= available:
         return
     remedy = "end other programs or use a machine with more"
+    if made.gaps_at_once > 1:
+        remedy += f", or set --gaps_at_once below {made.gaps_at_once}"
+    if processes_here > 1:
+        remedy += f", or start fewer than {processes_here} processes here"
     if upscale.method == "opt_deus" and upscale.transport in ("assignment", "symmetric"):
         remedy += f", or set upscale.transport=barycentric instead of {upscale.transport}"
     raise UserError(
-        f"memory: this expansion needs about {made.memory_bytes / 2**30:.1f} GiB ({made.peak}) and "
+        f"memory: this expansion needs about {needed / 2**30:.1f} GiB ({made.peak}) and "
         f"{available / 2**30:.1f} GiB are free; {remedy}"
     )

@@ -79,8 +79,8 @@ def test_the_modules_and_flags_it_uses_exist(script: Path) -> None:
             check=False,
         ).stdout
         assert "--workdir" in helps[module]
-    if "train" in modules and "--coordinator" in code:
-        assert "--coordinator" in helps["train"]
+    if "--coordinator" in code:
+        assert all("--coordinator" in helps[module] for module in ("expand", "train"))
 
 
 @pytest.mark.parametrize(
@@ -104,5 +104,6 @@ def test_what_the_tool_is_given_reaches_the_host_unchanged(
     words = shlex.split(written.read_text())
     assert "CONFIG=configs/llama3.py:8b" in words
     assert "WORKDIR=/shared/two words" in words
+    assert "EXPAND_PLATFORMS=cpu" in words
     start = words.index("experiments/launch/every_host.sh")
     assert tuple(words[start + 1 :]) == arguments

@@ -16,7 +16,7 @@ from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.config import Comparison, Experiment
 from opt_deus_jax.upscaling.identity import streamed_logits
-from tests.entry.launching import CONFIG, ROOT, fail, launch, succeed
+from tests.entry.launching import CONFIG, ROOT, fail, launch, launch_together, succeed
 
 
 def test_plan_shows_layout_and_costs(flags: list[str]) -> None:
@@ -106,6 +106,21 @@ def test_running_again_does_nothing_or_refuses(workdir: Path, flags: list[str]) 
     assert "--workdir" in other
 
 
+def test_two_processes_grow_the_model_of_one(flags: list[str], tmp_path: Path) -> None:
+    arguments = [*flags[:-1], f"--workdir={tmp_path}", "--config.max_shard_bytes=20000"]
+    succeed("expand", *flags[:-1], f"--workdir={tmp_path / 'one'}", arguments[-1])
+    first, second = launch_together("expand", 2, *arguments)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "bit for bit" in first.stdout
+    assert second.stdout == ""
+    one, two = (
+        {path.name: path.read_bytes() for path in (folder / "expanded").iterdir()}
+        for folder in (tmp_path / "one", tmp_path)
+    )
+    assert len(one) > 8
+    assert one == two
+
+
 def test_sample_continues_the_prompt(workdir: Path, base: Path) -> None:
     shown = succeed(
         "sample",
@@ -125,6 +140,7 @@ def test_sample_continues_the_prompt(workdir: Path, base: Path) -> None:
         ("--config.upscale.layout=topp", "upscale.layout"),
         ("--config.upscale.num_new_layers=9", "upscale.num_new_layers"),
         ("--config.base=nowhere/at-all", "base"),
+        ("--gaps_at_once=99", "--gaps_at_once=99: each gap takes a device, and this process has"),
         ("stray", "stray"),
     ],
 )

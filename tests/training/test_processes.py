@@ -1,7 +1,6 @@
 """Several real processes over loopback train as one does."""
 
 import json
-import socket
 import sys
 import time
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from opt_deus_jax.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, TrainingConfig
-from opt_deus_jax.distributed.processes import start_processes
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.training.loop import train
 from opt_deus_jax.training.metrics import StepMonitor, read_metrics
 from opt_deus_jax.training.preemption import EXIT_STATUS, Preempted
 from opt_deus_jax.training.segments import select_trained
+from tests.children import end, join, start
 from tests.training.tiny import tiny_hf_config, tiny_records, tiny_source
 
 STEPS, BATCH, RECORDS = 9, 8, 50
@@ -50,9 +48,7 @@ def seen(workdir: Path, process: int) -> dict[int, list[int]]:
 def train_here(workdir: Path, address: str, count: int, index: int) -> None:
     """What each process runs."""
     jax.config.update("jax_num_cpu_devices", DEVICES // count)
-    together = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"]
-    flags.FLAGS(["train", *together[: 3 if count > 1 else 0]])
-    start_processes()
+    join(address, count, index)
     note_records(workdir)
     names = select_trained(read_model_config(tiny_hf_config()), [False, False, True, True], "new")
     try:
@@ -80,31 +76,9 @@ def train_here(workdir: Path, address: str, count: int, index: int) -> None:
         (workdir / "summary.json").write_text(json.dumps(summary))
 
 
-def start_processes_of(children: Any, workdir: Path, count: int) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    started = [
-        children.Process(target=train_here, args=(workdir, address, count, index))
-        for index in range(count)
-    ]
-    for process in started:
-        process.start()
-    return started
-
-
-def end(started: list[Any], seconds: float) -> list[int]:
-    """Waits for all; their exit statuses."""
-    deadline = time.monotonic() + seconds
-    for process in started:
-        process.join(deadline - time.monotonic())
-        assert process.exitcode is not None, f"still running after {seconds} seconds"
-    return [process.exitcode for process in started]
-
-
 def run(children: Any, workdir: Path, count: int) -> dict[str, Any]:
     """Trains with so many processes to the end; the summary that process 0 writes."""
-    assert end(start_processes_of(children, workdir, count), 300) == [0] * count
+    assert end(start(children, train_here, count, workdir), 300) == [0] * count
     return json.loads((workdir / "summary.json").read_text())
 
 
@@ -149,7 +123,7 @@ def test_a_killed_process_ends_the_job_and_another_number_resumes_it(
     killed: int,
     resumed_by: int,
 ):
-    started = start_processes_of(children, tmp_path, count)
+    started = start(children, train_here, count, tmp_path)
     # By then the checkpoint of step 4 is being written, and that of step 2 is whole.
     wait_for_step(started, tmp_path, 5)
     started[killed].kill()
@@ -162,7 +136,7 @@ def test_a_killed_process_ends_the_job_and_another_number_resumes_it(
 def test_sigterm_to_one_process_saves_and_stops_both(
     children: Any, alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ):
-    started = start_processes_of(children, tmp_path, 2)
+    started = start(children, train_here, 2, tmp_path)
     wait_for_step(started, tmp_path, 3)
     started[1].terminate()
     statuses = end(started, 60)

@@ -14,7 +14,7 @@ import pytest
 from opt_deus_jax.checkpoints import hf
 from opt_deus_jax.config import UpscaleConfig
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.upscaling import expand, identity
+from opt_deus_jax.upscaling import expand, grown_tensors, identity
 from tests.llama_checkpoints import hf_config, random_tensors, source_of, tokens, write_directory
 
 CONFIG = hf_config(intermediate_size=32, num_key_value_heads=4)
@@ -138,14 +138,14 @@ def test_the_manifest_is_written_last_and_before_the_folder_has_its_name(tmp_pat
 
 @pytest.mark.parametrize("kernel", ["down_kernel", "output_kernel"])
 def test_an_output_kernel_that_is_not_zero_is_caught(tmp_path, monkeypatch, kernel):
-    fuse = expand.fuse_blocks
+    fuse = grown_tensors.fuse_blocks
 
     def broken(*parents, **options):
         fused = fuse(*parents, **options)
         fused.block[kernel][0, 0] = 1e-3
         return fused
 
-    monkeypatch.setattr(expand, "fuse_blocks", broken)
+    monkeypatch.setattr(grown_tensors, "fuse_blocks", broken)
     assert_refused(tmp_path, r"grown: the grown model is not its base \(logits differ by up to ")
     # Where no identity is promised there is none to be broken.
     made = run(tmp_path, source_of(CONFIG, random_tensors(CONFIG)), zero_init=False)
@@ -153,27 +153,27 @@ def test_an_output_kernel_that_is_not_zero_is_caught(tmp_path, monkeypatch, kern
 
 
 def test_an_old_layer_that_is_moved_is_caught(tmp_path, monkeypatch):
-    write = expand.write_weights
+    write = expand.write_shard
 
-    def swapped(directory, tensors, read, max_shard_bytes, **options):
+    def swapped(directory, shard, read, **options):
         def read_other(name):
             return read(name)[::-1] if name == GATE.format(1) else read(name)
 
-        write(directory, tensors, read_other, max_shard_bytes, **options)
+        write(directory, shard, read_other, **options)
 
-    monkeypatch.setattr(expand, "write_weights", swapped)
+    monkeypatch.setattr(expand, "write_shard", swapped)
     assert_refused(tmp_path, "grown: the grown model is not its base")
 
 
 def test_a_fused_kernel_too_large_for_its_dtype_is_refused(tmp_path, monkeypatch):
-    fuse = expand.fuse_blocks
+    fuse = grown_tensors.fuse_blocks
 
     def broken(*parents, **options):
         fused = fuse(*parents, **options)
         fused.block["gate_kernel"] = np.full((32, 32), np.inf, np.float32)
         return fused
 
-    monkeypatch.setattr(expand, "fuse_blocks", broken)
+    monkeypatch.setattr(grown_tensors, "fuse_blocks", broken)
     assert_refused(tmp_path, "new layer 4: gate_kernel is not finite after fusion; raise upscale")
 
 

@@ -17,13 +17,14 @@ LLAMA_1B = json.loads((Path(__file__).parents[2] / "configs/llama3_2_1b.json").r
 GIB = 2**30
 
 
-def forecast_of(content, num_new_layers, **fields):
+def forecast_of(content, num_new_layers, together=None, **fields):
     config = read_model_config(content)
     upscale = UpscaleConfig(num_new_layers=num_new_layers, **fields)
     layers = plan_layers(upscale, config.num_layers, None)
     method = resolve_method(upscale)
     itemsize = forecast.stored_itemsize(content)
-    return forecast.forecast(config, upscale, method, layers, itemsize), upscale
+    made = forecast.forecast(config, upscale, method, layers, itemsize, **(together or {}))
+    return made, upscale
 
 
 def test_disk_is_the_size_of_the_published_models_in_bfloat16():
@@ -72,6 +73,38 @@ def test_what_does_not_fit_is_refused_with_a_remedy(monkeypatch):
     exact, upscale = forecast_of(LLAMA_8B, 16, transport="assignment")
     with pytest.raises(UserError, match=r"set upscale.transport=barycentric instead of assign"):
         forecast.check_memory(exact, upscale)
+
+
+def test_each_gap_at_once_takes_memory_of_its_own(monkeypatch):
+    one, upscale = forecast_of(LLAMA_8B, 16)
+    three, _ = forecast_of(LLAMA_8B, 16, {"gaps_at_once": 3})
+    # The largest tensor, of the embedding, may be written beside them.
+    fusion = one.memory_bytes - forecast._RUNTIME_BYTES
+    assert three.memory_bytes == one.memory_bytes + 2 * fusion + 2 * 128256 * 4096
+    assert three.peak == f"3 gaps at once, each: {one.peak}"
+    # There are no more at once than there are.
+    assert forecast_of(LLAMA_8B, 1, {"gaps_at_once": 3})[0].memory_bytes == one.memory_bytes
+    assert forecast_of(LLAMA_8B, 4, {"gaps_at_once": 3}, method="solar")[0].gaps_at_once == 1
+    monkeypatch.setattr(forecast, "available_memory", lambda: three.memory_bytes)
+    forecast.check_memory(three, upscale)
+    with pytest.raises(UserError, match=r"2 processes here$"):
+        forecast.check_memory(three, upscale, processes_here=2)
+    monkeypatch.setattr(forecast, "available_memory", lambda: one.memory_bytes)
+    with pytest.raises(UserError, match=r"\(3 gaps at once, .* or set --gaps_at_once below 3$"):
+        forecast.check_memory(three, upscale)
+
+
+def test_gaps_of_all_devices_and_processes_share_the_time():
+    speed = forecast.Speed(1e10, 1e10)
+    one, _ = forecast_of(LLAMA_8B, 16, transport="assignment")
+    many, _ = forecast_of(LLAMA_8B, 16, {"gaps_at_once": 2, "processes": 4}, transport="assignment")
+    alone = one.proof_flops / speed.flops + one.moved_bytes / 5e8
+    assert forecast.forecast_seconds(many, speed) - alone == pytest.approx(
+        (forecast.forecast_seconds(one, speed) - alone) / 8
+    )
+    # Sixteen gaps are all that there are.
+    most, _ = forecast_of(LLAMA_8B, 16, {"gaps_at_once": 8, "processes": 9})
+    assert most.abreast == 16
 
 
 def test_time_is_products_passes_assignments_and_files():
