@@ -156,7 +156,7 @@ from opt_deus_jax.upscaling.fusion import fuse_blocks
 
 new = next(layer for layer in layers if layer.is_new)
 parents = [layer for layer in (new.previous, new.next) if layer is not None]
-a, b = (Parent(BaseTensors(base), base_model, layer) for layer in parents)
+a, b = (Parent(BaseTensors(base).read, base_model, layer) for layer in parents)
 fused = fuse_blocks(a, b, config=base_model, weights="transport", zero_init=True)
 display(Image(png(sorting_figure(fused.maps, {new.depth: fused.reports}))))
 

@@ -131,6 +131,7 @@ def draw_figures(
     ]
     reports = [row for row in summary["diagnostics"] if row["loss"] is not None]
     sweeps, curves = summary["sweeps"], _curves(finals)
+    searched = any(len(row["losses"]) > 1 for row in sweeps)
     plots, tuning = comparison_plots, tuning_plots
     return {
         "loss_curves": plots.loss_curves(curves, first, front) if finals else None,
@@ -138,7 +139,7 @@ def draw_figures(
         "paired_differences": plots.paired_differences(paired, first, front) if paired else None,
         "accuracies": plots.accuracies(by_task, front) if by_task else None,
         "step_times": tuning.step_times(steps) if steps else None,
-        "learning_rates": tuning.learning_rates(sweeps, front) if sweeps else None,
+        "learning_rates": tuning.learning_rates(sweeps, front) if searched else None,
         "diagnostics": tuning.diagnostics_against_outcome(reports) if reports[1:] else None,
         "published": _published_figure(finals, ended, published) if published and finals else None,
     }

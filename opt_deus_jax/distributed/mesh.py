@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from opt_deus_jax.config import MeshConfig
@@ -59,4 +59,6 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
         UserError: The mesh does not match the number of devices.
     """
     shape = mesh_shape(mesh, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+    # An axis may need half of a dimension of the slice: data=2, fsdp=8 of 2x4x4, for instance.
+    arranged = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, (AxisType.Auto,) * 3)

@@ -50,15 +50,18 @@ def loss_curves(curves: Mapping[str, Curve], reference: str, highlighted: Sequen
     if paired:
         axes[1].axhline(0, color=looks[reference].colour, linewidth=1.6)
         _draw_curves(axes[1], paired, looks, list(paired))
+        low, high = axes[1].get_ylim()
+        margin = 0.05 * (high - low)
+        axes[1].set_ylim(min(low, -margin), max(high, margin))
         axes[1].set_ylabel(f"held-out loss minus that of {reference}, nats a token")
     last = {name: float(y[:, -1].mean()) for name, (_, y) in losses.items()}
     best = next(iter(curves))
     tokens = max(float(x[-1]) for x, _ in curves.values())
-    against = f"; {reference} {last[reference]:.3f}" if paired and best != reference else ""
+    against = f"; {reference} {last[reference]:.4f}" if paired and best != reference else ""
     banded = any(len(losses[name][1]) > 1 for name in losses if looks[name].front)
     write_title(
         figure,
-        f"After {tokens:,.0f} tokens {best} has the lowest held-out loss: {last[best]:.3f} nats "
+        f"After {tokens:,.0f} tokens {best} has the lowest held-out loss: {last[best]:.4f} nats "
         f"a token{against} ({'bands: standard error over seeds' if banded else 'one seed'})",
     )
     return figure
@@ -130,7 +133,7 @@ def final_losses(
     ]
     draw_dots(axis, dots, styles(list(losses), highlighted))
     best = dots[0]
-    title = f"{best.name} ends lowest: {best.centre:.3f} nats a token"
+    title = f"{best.name} ends lowest: {best.centre:.4f} nats a token"
     if reference in losses:
         mean = next(dot.centre for dot in dots if dot.name == reference)
         axis.axvline(mean, color="0.3", linestyle="--", linewidth=1, zorder=1)
@@ -171,8 +174,8 @@ def paired_differences(
     )
     write_title(
         figure,
-        f"Of {len(rows)} others {below} end below {reference} and {len(known) - below} above "
-        f"it at p < {SIGNIFICANT} (paired, uncorrected)",
+        f"Of {len(rows)} other{'s' * (len(rows) > 1)} {below} end{'s' * (below == 1)} below "
+        f"{reference} and {len(known) - below} above it at p < {SIGNIFICANT} (paired, uncorrected)",
     )
     return figure
 

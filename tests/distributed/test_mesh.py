@@ -4,6 +4,7 @@ from jax.sharding import AxisType
 
 from opt_deus_jax.config import MeshConfig
 from opt_deus_jax.distributed.mesh import MESH_AXES, make_mesh, mesh_shape
+from opt_deus_jax.distributed.topology import parse_topology, topology_devices
 from opt_deus_jax.errors import UserError
 
 
@@ -22,6 +23,18 @@ def test_one_axis_takes_what_is_left(mesh: MeshConfig, shape: tuple[int, int, in
     assert made.axis_names == MESH_AXES
     assert made.devices.shape == shape
     assert made.axis_types == (AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize(
+    ("slice_", "mesh"),
+    [("v5p:2x4x4", MeshConfig(data=2, fsdp=8, tensor=2)), ("v5e:4x4", MeshConfig(data=2, fsdp=8))],
+)
+def test_an_axis_may_take_half_of_a_dimension_of_a_slice(slice_: str, mesh: MeshConfig):
+    pytest.importorskip("libtpu")
+    devices = topology_devices(parse_topology(slice_))
+    made = make_mesh(mesh, devices)
+    assert made.devices.shape == (mesh.data, mesh.fsdp, mesh.tensor)
+    assert {device.id for device in made.devices.flat} == {device.id for device in devices}
 
 
 @pytest.mark.parametrize(

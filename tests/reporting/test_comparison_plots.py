@@ -27,7 +27,10 @@ def test_curves_are_drawn_beside_their_distance_from_the_reference():
     assert {text.get_text() for text in left.texts} == {"best", "copy_next"}
     (difference,) = lines(right)
     np.testing.assert_allclose(np.asarray(difference.get_ydata()), [0, 0, -0.1], atol=1e-12)
-    np.testing.assert_allclose(np.asarray(difference.get_xdata()), TOKENS / 1e6)
+    np.testing.assert_allclose(np.asarray(difference.get_xdata()), TOKENS / 1e3)
+    assert right.get_xlabel() == "training tokens, thousands"
+    # Where the others start, and what they are held against, stays in sight.
+    assert right.get_ylim()[0] < 0 < right.get_ylim()[1]
     title = figure.get_suptitle()
     assert "After 200,000 tokens best has the lowest" in title
     assert "2.610" in title
@@ -38,6 +41,15 @@ def test_without_the_reference_there_is_one_panel_and_all_have_names():
     figure = plots.loss_curves({"a": curve(2.6), "b": curve(2.7)}, "copy_next", ["a"])
     (axis,) = figure.axes
     assert {text.get_text() for text in axis.texts} == {"a", "b"}
+    assert "bands: standard error" in figure.get_suptitle()
+
+
+def test_a_single_seed_is_called_one_and_long_trainings_are_in_millions():
+    curves = {name: (TOKENS * 100, {0: np.array([3.2, 2.9, 2.6])}) for name in ("a", "copy_next")}
+    left, _ = (figure := plots.loss_curves(curves, "copy_next", ["a", "copy_next"])).axes
+    assert "(one seed)" in figure.get_suptitle()
+    assert left.get_xlabel() == "training tokens, millions"
+    np.testing.assert_allclose(np.asarray(lines(left)[0].get_xdata()), TOKENS / 1e4)
 
 
 def test_final_losses_show_seeds_means_and_the_reference():
@@ -72,7 +84,7 @@ def test_paired_differences_have_intervals_and_are_counted():
     (axis,) = figure.axes
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert names == ["better", "unclear", "one_pair", "worse", "lost"]
-    assert "Of 5 others 1 end below copy_next and 1 above" in " ".join(
+    assert "Of 5 others 1 ends below copy_next and 1 above" in " ".join(
         figure.get_suptitle().split()
     )
     widths = [
