@@ -73,10 +73,12 @@ def test_only_what_has_data_is_drawn_and_old_pictures_go(tmp_path):
     assert text.splitlines()[4].endswith("| - |")
 
 
-def test_sweeps_alone_make_their_picture(tmp_path):
-    runs = read_runs(write(tmp_path, a_run(kind="sweep")))
+@pytest.mark.parametrize(("rates", "drawn"), [((1e-3, 2e-3), {"learning_rates"}), ((1e-3,), set())])
+def test_sweeps_alone_make_their_picture_if_there_was_a_choice(tmp_path, rates, drawn):
+    tried = [a_run(kind="sweep", learning_rate=rate) for rate in rates]
+    runs = read_runs(write(tmp_path, *tried))
     figures = draw_figures(runs, summarize(runs, REFERENCES), REFERENCES, None)
-    assert {name for name, figure in figures.items() if figure} == {"learning_rates"}
+    assert {name for name, figure in figures.items() if figure} == drawn
 
 
 @pytest.mark.parametrize("lost", [float("nan"), float("inf")])
