@@ -138,7 +138,8 @@ def final_losses(
         mean = next(dot.centre for dot in dots if dot.name == reference)
         axis.axvline(mean, color="0.3", linestyle="--", linewidth=1, zorder=1)
         better = sum(dot.centre < mean for dot in dots)
-        title += f"; {better} of {len(dots) - 1} others end below {reference} (dashed)"
+        others = f"{len(dots) - 1} other{'s' * (len(dots) > 2)}"
+        title += f"; {better} of {others} end below {reference} (dashed)"
     axis.set_xlabel("held-out loss after training, nats a token; rings: seeds, bar: standard error")
     write_title(figure, title)
     return figure
