@@ -1,5 +1,6 @@
 """Hugging Face directories: safetensors read and written one tensor at a time."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -307,6 +308,32 @@ def check_room(directory: Path, num_bytes: int, held: int = 0) -> None:
         )
 
 
+@contextlib.contextmanager
+def naming_full_disk(
+    directory: Path, num_bytes: int, remedy: str, kind: type[UserError] = UserError
+) -> Iterator[None]:
+    """Says in one line that the disk is full.
+
+    Args:
+        directory: What is made.
+        num_bytes: Room that it needs.
+        remedy: What to do.
+        kind: What is raised.
+
+    Raises:
+        UserError: Of that kind, in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise kind(
+                f"{directory}: no space left on the device, {num_bytes:,} bytes are needed; "
+                f"{remedy}"
+            ) from None
+        raise
+
+
 def create_directory(directory: Path, num_bytes: int, fill: Callable[[Path], None]) -> None:
     """Fills a folder under a temporary name and renames it when it is complete.
 
@@ -325,15 +352,9 @@ def create_directory(directory: Path, num_bytes: int, fill: Callable[[Path], Non
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        fill(partial)
-        partial.rename(directory)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(
-                f"{directory}: no space left on the device, {num_bytes:,} bytes are needed; free "
-                "some or choose another --workdir"
-            ) from None
-        raise
+        with naming_full_disk(directory, num_bytes, "free some or choose another --workdir"):
+            fill(partial)
+            partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

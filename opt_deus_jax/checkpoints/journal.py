@@ -1,7 +1,6 @@
 """Folders whose making may be killed at any moment and is taken up where it was."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from opt_deus_jax.checkpoints.hf import Shard, check_room, hash_array
+from opt_deus_jax.checkpoints.hf import Shard, check_room, hash_array, naming_full_disk
 from opt_deus_jax.checkpoints.lock import lock
 from opt_deus_jax.distributed.team import ALONE, Team
 from opt_deus_jax.errors import ResumableError, UserError
@@ -195,19 +194,6 @@ def _begin(partial: Path, made_from: Any, file: IO[bytes], say: Callable[[str], 
     file.flush()
 
 
-@contextlib.contextmanager
-def _full_disk_named(directory: Path, num_bytes: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ResumableError(
-                f"{directory}: no space left on the device, {num_bytes:,} bytes are needed; free "
-                "some and start again: what is whole is kept"
-            ) from None
-        raise
-
-
 def create_resumable(
     directory: Path,
     num_bytes: int,
@@ -237,13 +223,13 @@ def create_resumable(
             `ResumableError`, is something left: what is whole by then.
     """
     partial = directory.with_name(directory.name + ".partial")
-    naming_full_disk = _full_disk_named(directory, num_bytes)
+    full_disk = naming_full_disk(
+        directory, num_bytes, "free some and start again: what is whole is kept", ResumableError
+    )
     with contextlib.ExitStack() as held:
 
-        @naming_full_disk
+        @full_disk
         def begin() -> None:
-            if not team.is_first:
-                return
             if is_finished(directory):
                 raise UserError(f"{directory}: exists; delete it or choose another --workdir")
             there = sum(path.stat().st_size for path in partial.glob("*"))
@@ -251,10 +237,10 @@ def create_resumable(
             partial.mkdir(exist_ok=True)
             _begin(partial, made_from, held.enter_context(_hold(partial)), say)
 
-        team.run(begin)
+        team.run(begin if team.is_first else lambda: None)
         try:
-            team.run(lambda: naming_full_disk(fill)(partial))
-            made = team.run(lambda: naming_full_disk(finish)(partial))
+            team.run(lambda: full_disk(fill)(partial))
+            made = team.run(lambda: full_disk(finish)(partial))
         except ResumableError:
             raise
         except UserError:

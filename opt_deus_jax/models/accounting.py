@@ -208,7 +208,6 @@ def count_costs(
     trained = sum(outer[name].size for name in trained_outer)
     for names, kind in zip(trained_blocks, kinds, strict=True):
         trained += sum(specs_of[kind][name].size for name in names)
-
     chosen, every = (
         _all_flops(network, trained_outer, trained_blocks, sequence_length, remat)
         for network in (config, _to_all_experts(config))
