@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session")
 def children(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Starts processes as forks of one that has imported JAX but not used it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "tests.training.test_kills",
+            "tests.training.test_processes",
+            "tests.upscaling.expanding_process",
+        ]
+    )
+    # Forks have the environment in which their server was started; no other test may see it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
         patch.setenv("JAX_PLATFORMS", "cpu")
@@ -28,12 +38,5 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [
-                "tests.training.test_kills",
-                "tests.training.test_processes",
-                "tests.upscaling.expanding_process",
-            ]
-        )
-        yield context
+        forkserver.ensure_running()
+    return context
