@@ -14,8 +14,8 @@ Tokens = tuple[int, ...]
 
 # Rows shorter than this would make many small matrix products.
 SHORTEST_ROW = 256
-# Above this, rows come in half steps: 2048, 3072, 4096, ...
-_HALF_STEPS_FROM = 1024
+# Above this, rows come in quarter steps: 1024, 1280, 1536, 1792, 2048, 2560, ...
+_QUARTER_STEPS_FROM = 1024
 # A neighbour that shares a smaller part than this is better placed wherever it fits.
 _WORTH_SHARING = 1 / 3
 
@@ -72,8 +72,9 @@ def row_length(tokens: int) -> int:
     """The length of the row that so many tokens need; few lengths mean few compiled programs."""
     length = SHORTEST_ROW
     while length < tokens:
-        if length >= _HALF_STEPS_FROM and length * 3 // 2 >= tokens:
-            return length * 3 // 2
+        if length >= _QUARTER_STEPS_FROM and 2 * length >= tokens:
+            step = length // 4
+            return -(-tokens // step) * step
         length *= 2
     return length
 

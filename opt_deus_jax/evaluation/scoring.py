@@ -236,7 +236,10 @@ def _score_places(
     logits_CV = project_to_vocabulary(hidden_CD, head_kernel(head, hidden_BTD.dtype), logits)
     logits_CV = constrain(logits_CV, "batch", "vocabulary")
     normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    best_C = jnp.argmax(logits_CV, axis=-1)
+    # The first of the largest: what `jnp.argmax` finds, in two passes that CPUs vectorise.
+    is_largest_CV = logits_CV == jnp.max(logits_CV, axis=-1, keepdims=True)
+    places_1V = jnp.arange(logits_CV.shape[-1])[None]
+    best_C = jnp.min(jnp.where(is_largest_CV, places_1V, logits_CV.shape[-1]), axis=-1)
     target_CM = jnp.take_along_axis(logits_CV, targets_CM, axis=-1)
     # Every process reads all of the result.
     whole = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec())

@@ -1,5 +1,7 @@
 """Attention in rows that hold several sequences as a tree, without all scores in memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -26,7 +28,8 @@ def tree_attention(
 
     The tree is in depth-first order: token s is an ancestor of token t or t itself where
     s <= t < ends[s]. A row that is one sequence has all ends at its length. The softmax is computed
-    block by block (Rabe and Staats 2021, arXiv 2112.05682); blocks after the queries are skipped.
+    block by block (Rabe and Staats 2021, arXiv 2112.05682); blocks after the queries are skipped,
+    and so are those before the first that any of them sees, which all are to padding.
 
     Args:
         query_BTNH: Rotated queries; head n belongs to KV head n // (n / k).
@@ -56,13 +59,21 @@ def tree_attention(
     ends_BS = jnp.maximum(pad(ends_BT), jnp.arange(padded)[None] + 1)
     positions_BS = pad(positions_BT)
 
-    def attend(start: Array) -> Array:
-        chunk = jax.lax.dynamic_slice_in_dim(query_BKGTH, start, queries, axis=3)
+    starts_C = jnp.arange(0, padded, queries)
+    # Where the last token that sees any of a block of keys ends, over the whole batch.
+    ends_F = jnp.max(ends_BS.reshape(batch, -1, keys), axis=(0, 2))
+    first_C = jnp.argmax(ends_F[None] > starts_C[:, None], axis=1)
+
+    def attend(chunk: tuple[Array, Array]) -> Array:
+        start, first = chunk
+        query = jax.lax.dynamic_slice_in_dim(query_BKGTH, start, queries, axis=3)
         return _attend_chunk(
-            *(chunk, start, key_BKSH, value_BKSH, ends_BS, positions_BS), keys=keys, scoring=scoring
+            *(query, start, first, key_BKSH, value_BKSH, ends_BS, positions_BS),
+            keys=keys,
+            scoring=scoring,
         )
 
-    attended_CBKGQH = jax.lax.map(attend, jnp.arange(0, padded, queries))
+    attended_CBKGQH = jax.lax.map(attend, (starts_C, first_C))
     attended_BCQKGH = attended_CBKGQH.transpose(1, 0, 4, 2, 3, 5)
     return attended_BCQKGH.reshape(batch, padded, num_heads, head_dim)[:, :length]
 
@@ -70,6 +81,7 @@ def tree_attention(
 def _attend_chunk(
     query_BKGQH: Array,
     start: Array,
+    first_block: Array,
     key_BKSH: Array,
     value_BKSH: Array,
     ends_BS: Array,
@@ -85,7 +97,9 @@ def _attend_chunk(
     precision = matmul_precision(query_BKGQH.dtype)
     place_1Q1 = (start + jnp.arange(queries))[None, :, None]
 
-    def step(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(
+        keys: int, block: Array, state: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
         highest_BKGQ, mass_BKGQ, summed_BKGQH = state
         first = block * keys
         key, value = (
@@ -121,7 +135,11 @@ def _attend_chunk(
 
     zeros_BKGQ = jnp.zeros(query_BKGQH.shape[:4], jnp.float32)
     state = (zeros_BKGQ + _HIDDEN, zeros_BKGQ, jnp.zeros(query_BKGQH.shape, jnp.float32))
-    # Keys after the last query are seen by none.
-    blocks = (start + queries + keys - 1) // keys
-    _, mass_BKGQ, summed_BKGQH = jax.lax.fori_loop(0, blocks, step, state)
+    # Whole blocks first; of the last ones, half of which none would see, only what is needed.
+    whole = start // keys
+    state = jax.lax.fori_loop(first_block, whole, functools.partial(step, keys), state)
+    least = min(queries, keys)
+    rest = (whole * keys // least, (start + queries) // least)
+    state = jax.lax.fori_loop(*rest, functools.partial(step, least), state)
+    _, mass_BKGQ, summed_BKGQH = state
     return (summed_BKGQH / mass_BKGQ[..., None]).astype(query_BKGQH.dtype)
