@@ -75,7 +75,9 @@ class CompiledReport:
         roofline: Its least times.
         tokens: Tokens a step, of all chips.
         model_flops: FLOPs a step that training cannot do without, of all chips.
-        utilisation: Those over what all chips could do in the roofline's time; an upper bound.
+        utilisation: Those over what all chips could do in the roofline's time; an upper bound. The
+            model's count holds the masked half of attention, which programs leave out, so that it
+            may exceed 1.
         compile_seconds: How long tracing and compiling took.
     """
 
@@ -261,7 +263,7 @@ def report_table(report: CompiledReport, title: str) -> Table:
         ("least time: network", f"{times.network * 1e3:,.1f} ms"),
         ("least time of a step", f"{times.step * 1e3:,.1f} ms"),
         ("tokens/s of the slice, at most", f"{report.tokens / times.step:,.0f}"),
-        ("model FLOPs utilisation, at most", f"{report.utilisation:.1%}"),
+        ("model FLOPs utilisation, at most (masked scores count)", f"{report.utilisation:.1%}"),
         ("compiled in", f"{report.compile_seconds:.0f} s"),
     ]
     if costs.uncounted_kernels:
