@@ -8,6 +8,7 @@ WORKDIR/expanded and records where they are missing; writes WORKDIR/benchmark_tr
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.config import Experiment
-from opt_deus_jax.data.records import Records, load_records
+from opt_deus_jax.data.records import first_batches, load_records
 from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.reporting.turns import compare, take_turns
@@ -59,14 +60,13 @@ def main() -> None:
     ours = [sys.executable, "-m", "experiments.serve_steps", *arguments]
     commands = _commands(experiment, workdir, ours)
     text, result = load_records(workdir / "records", "train").tokens, {}
+    batches = {}
     for shape in _SHAPES.value:
         rows, length = map(int, shape.split("x"))
-        batches = [
-            Records(text, length).rows(range(first, first + rows))["tokens"]
-            for first in range(0, rows * (_STEPS.value + 1), rows)
-        ]
-        taken = take_turns(commands, batches)
-        table = compare(taken, rows * length)
+        batches[shape] = first_batches(text, rows, length, _STEPS.value + 1)
+    for shape, given in batches.items():
+        taken = take_turns(commands, given)
+        table = compare(taken, math.prod(map(int, shape.split("x"))))
         result[shape] = {"programs": table, "steps": {k: v._asdict() for k, v in taken.items()}}
         show(records_table(table, f"{shape} tokens a step; ratios: of the first over each"))
     result |= {"command": sys.argv[1:], **machine("jax", "optax", "torch", "transformers")}

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import logging
-import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.checkpoints.tokenizer import load_tokenizer
+from opt_deus_jax.comparison.questions import Questions, ask, load_questions
 from opt_deus_jax.comparison.runs import (
     Run,
     experiment_of,
@@ -28,7 +27,7 @@ from opt_deus_jax.comparison.runs import (
     write_result,
 )
 from opt_deus_jax.comparison.sweep import best_exponent, next_exponent
-from opt_deus_jax.config import Comparison, Contender, EvaluationConfig, Experiment
+from opt_deus_jax.config import Comparison, Contender, Experiment
 from opt_deus_jax.data.preparation import prepare_records
 from opt_deus_jax.data.records import Records, load_info, load_records
 from opt_deus_jax.errors import UserError
@@ -56,6 +55,7 @@ class Setting(NamedTuple):
         bases: The checkpoints that contenders are grown from, by `Contender.base`.
         records: Training and held-out records.
         record_hashes: Their hashes, by split.
+        questions: What is asked of what is trained.
         workdir: For grown models and checkpoints.
         results: Gets a file for each finished run.
         command: What reproduces a run, recorded with it.
@@ -66,6 +66,7 @@ class Setting(NamedTuple):
     bases: dict[str, CheckpointSource]
     records: dict[str, Records]
     record_hashes: dict[str, str]
+    questions: dict[str, Questions]
     workdir: Path
     results: Path
     command: str
@@ -75,7 +76,7 @@ class Setting(NamedTuple):
 def prepare(
     comparison: Comparison, *, workdir: Path, results: Path, command: str, say: Say
 ) -> Setting:
-    """Opens the bases and makes the records that all runs see.
+    """Opens the bases, reads the questions and makes the records that all runs see.
 
     Args:
         comparison: The comparison, checked.
@@ -88,7 +89,7 @@ def prepare(
         The setting of `run_all`.
 
     Raises:
-        UserError: A base or text cannot be used.
+        UserError: A base, text or task cannot be used.
     """
     base = open_checkpoint(comparison.experiment.base)
     bases = {"": base} | {
@@ -104,6 +105,7 @@ def prepare(
                 f"{other.name}: its tokenizer.json is not that of {base.name}, but contenders "
                 "read the same tokens; give bases with one tokenizer"
             )
+    questions = load_questions(comparison)
     folder = workdir / "records"
     prepare_records(
         folder,
@@ -115,7 +117,7 @@ def prepare(
     splits = load_info(folder).splits
     records = {name: load_records(folder, name, verify=True) for name in splits}
     hashes = {name: split.sha256 for name, split in splits.items()}
-    return Setting(comparison, bases, records, hashes, workdir, results, command, say)
+    return Setting(comparison, bases, records, hashes, questions, workdir, results, command, say)
 
 
 def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -216,7 +218,9 @@ def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str,
         devices=jax.devices(),
     )
     program = make_program(experiment, config, trained, jax.devices())
-    answers = _ask(setting.comparison, source, program, done) if run.kind == "final" else {}
+    answers = {}
+    if run.kind == "final":
+        answers = ask(_trained_model(source, program, done), setting.questions)
     method = resolve_method(run.contender.upscale)
     return {
         "contender": run.contender.name,
@@ -286,16 +290,8 @@ def _costs(program: Program, trained: TrainedNames, sequence_length: int) -> dic
     }
 
 
-def _ask(
-    comparison: Comparison, source: CheckpointSource, program: Program, done: TrainingResult
-) -> dict[str, Any]:
-    """Accuracies and word perplexity of a trained model, without writing it to disk."""
-    # Slow to import, and only needed where something is asked.
-    from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
-    from opt_deus_jax.evaluation.tasks import run_tasks
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    settings = comparison.experiment.evaluation
+def _trained_model(source: CheckpointSource, program: Program, done: TrainingResult) -> LoadedModel:
+    """The trained model as it stands, without writing it to disk."""
     frozen = load_params(
         source,
         program.config,
@@ -305,33 +301,5 @@ def _ask(
         wanted=invert_mask(program.mask),
     )
     tokenizer = load_tokenizer(source.side_files, source.hf_config, source.name)
-    loaded = LoadedModel(
-        merge(done.state.trainable, frozen), program.config, tokenizer, program.mesh
-    )
-    model = OptDeusModel(loaded, settings.compute_dtype, settings.batch_tokens)
-
-    def ask(tasks: tuple[str, ...], limit: int) -> dict[str, Any]:
-        if not (tasks and limit):
-            return {}
-        asked: EvaluationConfig = dataclasses.replace(settings, tasks=tasks, limit=limit)
-        return run_tasks(model, asked)
-
-    questions = tuple(task for task in settings.tasks if task != "wikitext")
-    answers = ask(questions, comparison.questions)
-    pages = ask(("wikitext",), comparison.perplexity_pages)
-    return {
-        "accuracies": {task: _accuracy(answers, task) for task in questions if answers},
-        "word_perplexity": pages["results"]["wikitext"]["word_perplexity,none"] if pages else None,
-    }
-
-
-def _accuracy(answers: Mapping[str, Any], task: str) -> dict[str, Any]:
-    accuracy = answers["results"][task]["acc,none"]
-    members = [task]
-    while groups := [name for name in members if answers["group_subtasks"].get(name)]:
-        members.remove(groups[0])
-        members += answers["group_subtasks"][groups[0]]
-    asked = sum(answers["n-samples"][name]["effective"] for name in members)
-    # lm_eval gives a group none where a task of it was asked once.
-    error = math.sqrt(accuracy * (1 - accuracy) / (asked - 1)) if asked > 1 else None
-    return {"acc": accuracy, "acc_stderr": error, "questions": asked}
+    params = merge(done.state.trainable, frozen)
+    return LoadedModel(params, program.config, tokenizer, program.mesh)

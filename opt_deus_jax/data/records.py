@@ -192,3 +192,31 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_batches(
+    tokens: np.ndarray, batch_size: int, sequence_length: int, count: int
+) -> list[np.ndarray]:
+    """The first batches of a text, in its order.
+
+    Args:
+        tokens: Token ids [n].
+        batch_size: Records a batch.
+        sequence_length: Tokens a record; a batch holds one more, which is only predicted.
+        count: Batches.
+
+    Returns:
+        int32 [batch_size, sequence_length + 1] of each.
+
+    Raises:
+        UserError: The text is too short.
+    """
+    records, needed = Records(tokens, sequence_length), batch_size * count
+    if needed > len(records):
+        raise UserError(
+            f"config field data.max_train_tokens: the text has {len(records)} records of "
+            f"{sequence_length} tokens, {count} steps of {batch_size} take {needed}; give more "
+            "text, in another --workdir, or take fewer steps"
+        )
+    starts = range(0, needed, batch_size)
+    return [records.rows(range(start, start + batch_size))["tokens"] for start in starts]

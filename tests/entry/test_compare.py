@@ -152,6 +152,15 @@ def test_another_recipe_and_an_unknown_contender_are_refused(workdir: Path, argu
     assert "copy_next, opt_deus" in fail("compare", *arguments, where, "--only=copy_nxt")
 
 
+def test_missing_questions_are_found_before_anything_is_made(arguments: list[str], tmp_path: Path):
+    (folder := tmp_path / "lmeval").mkdir()
+    (work := tmp_path / "work").mkdir()
+    missing = f"--config.experiment.evaluation.local_data={folder}"
+    error = fail("compare", *arguments[:-1], missing, f"--workdir={work}")
+    assert str(folder) in error
+    assert not list(work.iterdir())
+
+
 def test_a_config_of_one_experiment_is_refused(base: Path, tmp_path: Path):
     error = fail("compare", "--config=tests/entry/tiny_config.py", f"--workdir={tmp_path}")
     assert "Comparison" in error
