@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class ResumableError(UserError):
     """The same, where nothing that was written is at fault: it is kept, to be gone on with."""
+
+
+class DivergedError(UserError):
+    """A loss or gradient that is no number any more."""

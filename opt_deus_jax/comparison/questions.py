@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from opt_deus_jax.config import Comparison, EvaluationConfig
+from opt_deus_jax.errors import UserError
 from opt_deus_jax.evaluation.loading import LoadedModel
 
 _PAGES = "wikitext"
@@ -34,7 +35,8 @@ def load_questions(comparison: Comparison) -> dict[str, Questions]:
         "questions", whose accuracy counts, and "pages", whose perplexity does.
 
     Raises:
-        UserError: A task is unknown, or the hub or the folder does not have its questions.
+        UserError: A task is unknown or has no accuracy, or the hub or the folder does not have its
+            questions.
     """
     given = comparison.experiment.evaluation
     choices = tuple(task for task in given.tasks if task != _PAGES)
@@ -51,18 +53,26 @@ def load_questions(comparison: Comparison) -> dict[str, Questions]:
 
 def _load(settings: EvaluationConfig) -> list[Any]:
     # Slow to import, and only needed where something is asked.
-    from opt_deus_jax.evaluation.tasks import load_tasks
+    from opt_deus_jax.evaluation.tasks import load_tasks, metric_names, name_of
 
     # It remarks on defaults of its own tasks.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return load_tasks(settings)
+    tasks = load_tasks(settings)
+    marked = [name_of(task) for task in tasks if "acc" in metric_names(task)]
+    for name in settings.tasks:
+        if name not in (*marked, _PAGES):
+            raise UserError(
+                f"config field evaluation.tasks: {name!r} has no accuracy of its own; give "
+                "tasks or groups of lm_eval that have `acc`, those of a tag one by one"
+            )
+    return tasks
 
 
-def ask(model: LoadedModel, questions: Mapping[str, Questions]) -> dict[str, Any]:
+def ask(model: LoadedModel | None, questions: Mapping[str, Questions]) -> dict[str, Any]:
     """Accuracies and word perplexity of a model.
 
     Args:
-        model: The model.
+        model: The model; None of a training that diverged, which is asked nothing.
         questions: From `load_questions`.
 
     Returns:
@@ -71,6 +81,8 @@ def ask(model: LoadedModel, questions: Mapping[str, Questions]) -> dict[str, Any
     Raises:
         UserError: The model cannot answer.
     """
+    if model is None:
+        return {"accuracies": {}, "word_perplexity": None}
     from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
     from opt_deus_jax.evaluation.tasks import run_tasks
 

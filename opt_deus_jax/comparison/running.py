@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from opt_deus_jax.comparison.sweep import best_exponent, next_exponent
 from opt_deus_jax.config import Comparison, Contender, Experiment
 from opt_deus_jax.data.preparation import prepare_records
 from opt_deus_jax.data.records import Records, load_info, load_records
-from opt_deus_jax.errors import UserError
+from opt_deus_jax.errors import DivergedError, UserError
 from opt_deus_jax.evaluation.loading import LoadedModel
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.reporting.machine import machine
@@ -45,6 +46,8 @@ from opt_deus_jax.upscaling.methods import resolve_method
 from opt_deus_jax.upscaling.probe import probe_tokens
 
 Say = Callable[[str], None]
+# In the folder of an exported model: which run left it.
+_MADE_AS = "comparison.json"
 
 
 class Setting(NamedTuple):
@@ -134,6 +137,7 @@ def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, 
         UserError: A run fails, or a result is of another recipe.
     """
     contenders = [c for c in setting.comparison.contenders if not chosen or c.name in chosen]
+    _refuse_other_exports(setting, contenders)
     rates = {}
     for contender in contenders:
         exponent, results = _sweep(setting, contender)
@@ -166,18 +170,26 @@ def _result_of(setting: Setting, run: Run) -> dict[str, Any]:
     recipe = recipe_of(setting.comparison, setting.record_hashes)
     found = read_result(setting.results, run, recipe)
     exported = _exported(setting, run)
-    if found is not None and (exported is None or exported.exists()):
+    left = _read_made_as(exported) if exported else None
+    if exported and left:
+        _refuse_difference(exported, left, _made_as(setting, run), left)
+    is_left = exported is None or left is not None
+    if found is not None and (is_left or _diverged(found)):
         return found
     setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
     result = _perform(setting, run, recipe)
-    if exported is not None and not exported.exists():
+    if exported is not None and not is_left and not _diverged(result):
         _export(setting, run, exported)
     path = write_result(setting.results, run, result)
-    # Large, and of no more use now that the result is written.
-    shutil.rmtree(setting.workdir / "runs" / run.name / "checkpoints")
+    # Large, and of no more use now that the result is written; one that diverged may have none.
+    shutil.rmtree(setting.workdir / "runs" / run.name / "checkpoints", ignore_errors=True)
     loss = result["held_out"][-1]["loss"]
     setting.say(f"{run.name}: held-out loss {loss:.4f} nats a token; {path}")
     return result
+
+
+def _diverged(result: Mapping[str, Any]) -> bool:
+    return not math.isfinite(result["held_out"][-1]["loss"])
 
 
 def _exported(setting: Setting, run: Run) -> Path | None:
@@ -187,16 +199,54 @@ def _exported(setting: Setting, run: Run) -> Path | None:
     return setting.workdir / "exported" / name if is_first and name in comparison.exported else None
 
 
-def _export(setting: Setting, run: Run, directory: Path) -> None:
+def _made_as(setting: Setting, run: Run) -> dict[str, Any]:
+    """What tells an exported model from that of another run, as JSON keeps it."""
+    recipe = recipe_of(setting.comparison, setting.record_hashes)
+    facts = {"run": run.name, "learning_rate": run.learning_rate, "recipe": recipe}
+    return json.loads(json.dumps(facts))
+
+
+def _refuse_other_exports(setting: Setting, contenders: Sequence[Contender]) -> None:
+    """Before anything is run: the rate is not known yet, the recipe is."""
+    for contender in contenders:
+        run = Run(contender, "final", setting.comparison.seeds[0], 0.0)
+        folder = _exported(setting, run)
+        if folder and (found := _read_made_as(folder)):
+            _refuse_difference(folder, found, _made_as(setting, run), ("run", "recipe"))
+
+
+def _read_made_as(folder: Path) -> dict[str, Any] | None:
+    # Written last: without it the folder is of an export that was killed.
+    path = folder / _MADE_AS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _refuse_difference(
+    folder: Path, found: Mapping[str, Any], ours: Mapping[str, Any], names: Iterable[str]
+) -> None:
+    for name in names:
+        if found[name] != ours[name]:
+            raise UserError(
+                f"{folder}: exported from a run with another {name} ({_MADE_AS}); use another "
+                "--workdir, or delete this folder"
+            )
+
+
+def _export(setting: Setting, run: Run, folder: Path) -> None:
     expanded = _grow(setting, run.contender)
+    if folder.exists():
+        shutil.rmtree(folder)
     export_checkpoint(
         open_checkpoint(str(expanded)),
         expanded,
         setting.workdir / "runs" / run.name / "checkpoints",
         "latest",
-        directory,
+        folder,
         max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
     )
+    partial = folder.parent / f"{folder.name}.partial"
+    partial.write_text(json.dumps(_made_as(setting, run), indent=2) + "\n")
+    partial.rename(folder / _MADE_AS)
 
 
 def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,20 +257,26 @@ def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str,
     trained = select_trained(config, manifest.is_new, manifest.trained)
     manifest_hash = hashlib.sha256((expanded / FILE_NAME).read_bytes()).hexdigest()
     hashes = {f"{name} records": value for name, value in setting.record_hashes.items()}
-    done = train(
-        experiment,
-        source,
-        trained=trained,
-        train_records=setting.records["train"],
-        held_out_records=setting.records["held_out"],
-        workdir=folder,
-        fingerprints=hashes | {"grown model": manifest_hash},
-        devices=jax.devices(),
-    )
+    try:
+        done = train(
+            experiment,
+            source,
+            trained=trained,
+            train_records=setting.records["train"],
+            held_out_records=setting.records["held_out"],
+            workdir=folder,
+            fingerprints=hashes | {"grown model": manifest_hash},
+            devices=jax.devices(),
+        )
+    except DivergedError as error:
+        # A result too: of the methods, the worst.
+        setting.say(f"{run.name}: {error}")
+        done = None
     program = make_program(experiment, config, trained, jax.devices())
     answers = {}
     if run.kind == "final":
-        answers = ask(_trained_model(source, program, done), setting.questions)
+        model = None if done is None else _trained_model(source, program, done)
+        answers = ask(model, setting.questions)
     method = resolve_method(run.contender.upscale)
     return {
         "contender": run.contender.name,
@@ -264,16 +320,22 @@ def _grow(setting: Setting, contender: Contender) -> Path:
     return folder
 
 
-def _curve(experiment: Experiment, folder: Path, done: TrainingResult) -> dict[str, Any]:
+def _curve(experiment: Experiment, folder: Path, done: TrainingResult | None) -> dict[str, Any]:
     tokens_per_step = experiment.training.batch_size * experiment.data.sequence_length
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-    seconds = statistics.median(line["step_seconds"] for line in lines)
+    steps, all_lines = experiment.training.steps, read_metrics(folder / "metrics.jsonl")
+    lines = [line for line in all_lines if "loss" in line]
+    if done is None:
+        held_out = [(int(m["step"]), m["held_out_loss"]) for m in all_lines if "held_out_loss" in m]
+        held_out.append((steps, math.nan))
+    else:
+        held_out = done.held_out_losses
+    seconds = statistics.median([line["step_seconds"] for line in lines] or [math.nan])
     return {
-        "steps": done.last_step,
+        "steps": steps,
         "tokens_per_step": tokens_per_step,
         "held_out": [
             {"step": step, "tokens": step * tokens_per_step, "loss": loss}
-            for step, loss in done.held_out_losses
+            for step, loss in held_out
         ],
         "training_losses": [[int(line["step"]), round(line["loss"], 5)] for line in lines],
         "step_seconds": seconds,

@@ -74,6 +74,8 @@ def check_comparison(comparison: Comparison) -> None:
     for field in ("max_rate_steps", "questions", "perplexity_pages"):
         if getattr(comparison, field) < 0:
             raise UserError(f"config field {field}={getattr(comparison, field)}: use 0 or more")
+    if comparison.questions == 1:
+        raise UserError("config field questions=1: one question has no error; use 0 or 2 and more")
     steps = comparison.experiment.training.steps
     if steps < EVALUATIONS or steps % EVALUATIONS:
         raise UserError(
@@ -129,7 +131,7 @@ def experiment_of(comparison: Comparison, run: Run) -> Experiment:
 
 
 def recipe_of(comparison: Comparison, record_hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that the runs of a comparison share and that their losses depend on.
+    """Everything that the runs of a comparison share and that their losses and scores depend on.
 
     Args:
         comparison: The comparison.
@@ -142,6 +144,7 @@ def recipe_of(comparison: Comparison, record_hashes: Mapping[str, str]) -> dict[
     optimizer = dataclasses.asdict(shared.optimizer)
     del optimizer["learning_rate"]
     names = ("steps", "batch_size", "compute_dtype", "kernel_dtype", "frozen_dtype")
+    evaluation = shared.evaluation
     return {
         "base": Path(shared.base).name,
         "records": dict(record_hashes),
@@ -151,6 +154,11 @@ def recipe_of(comparison: Comparison, record_hashes: Mapping[str, str]) -> dict[
         "sweep": {"fraction": comparison.sweep_fraction, "seed": comparison.sweep_seed},
         "questions": comparison.questions,
         "perplexity_pages": comparison.perplexity_pages,
+        "evaluation": {
+            "tasks": list(evaluation.tasks),
+            "num_fewshot": evaluation.num_fewshot,
+            "compute_dtype": evaluation.compute_dtype,
+        },
     }
 
 

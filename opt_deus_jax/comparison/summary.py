@@ -1,5 +1,6 @@
 """Statistics over the runs of a comparison, as plain rows; None where there is nothing to say."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,8 @@ from opt_deus_jax.comparison.finished import FinishedRun
 
 Row = dict[str, Any]
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
+# Of what is compared, as a part of it.
+_ROUNDING = 1e-12
 # What is compared in pairs: name, and where a run has it.
 METRICS: Mapping[str, Callable[[FinishedRun], float | None]] = {
     "loss": lambda run: run.final_loss,
@@ -111,8 +114,12 @@ def paired_rows(runs: Sequence[FinishedRun], references: Sequence[str]) -> list[
 
 
 def _paired(metric: str, pairs: Sequence[tuple[float | None, float | None]]) -> Row:
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    differences = [a - b for a, b in known]
     error = standard_error(differences)
+    # Equal differences of means come out equal but for rounding.
+    if error is not None and error <= _ROUNDING * max(map(abs, itertools.chain(*known))):
+        error = 0.0
     t = statistics.fmean(differences) / error if error else None
     p = None if t is None else 2 * float(stats.t.sf(abs(t), len(differences) - 1))
     return {

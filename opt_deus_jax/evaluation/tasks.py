@@ -183,6 +183,14 @@ def name_of(item: Task | Group) -> str:
     return item.name if isinstance(item, Group) else item.task_name
 
 
+def metric_names(item: Task | Group) -> list[str]:
+    """What a task is marked by, or a group over all of its tasks: `acc` and so on."""
+    if isinstance(item, Group):
+        return [metric.metric for metric in item.aggregate_metric_list or ()]
+    by_name: Any = item.aggregation()
+    return list(by_name)
+
+
 def output_types(item: Task | Group) -> set[str]:
     """What is asked of a model: `multiple_choice`, `loglikelihood_rolling` and so on."""
     return {leaf.OUTPUT_TYPE for leaf in _leaves(item)}

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from opt_deus_jax.distributed.device_facts import peak_flops
-from opt_deus_jax.errors import UserError
+from opt_deus_jax.errors import DivergedError
 from opt_deus_jax.models.language_model import Params
 
 WriteMetrics = Callable[[int, Mapping[str, float]], None]
@@ -276,7 +276,7 @@ class StepMonitor:
             metrics: loss, grad_norm and more: scalar arrays, and vectors as of `layer_norms`.
 
         Raises:
-            UserError: Loss or gradient of the step before is not finite.
+            DivergedError: Loss or gradient of the step before is not finite.
         """
         self.flush()
         self._pending = (step, records, metrics)
@@ -285,7 +285,7 @@ class StepMonitor:
         """Waits for the last step and reports it.
 
         Raises:
-            UserError: Its loss or gradient is not finite.
+            DivergedError: Its loss or gradient is not finite.
         """
         if self._pending is None:
             return
@@ -312,7 +312,7 @@ class StepMonitor:
             if not math.isfinite(values[name]):
                 latest = self._latest_checkpoint()
                 good = "there is none yet" if latest is None else f"step {latest}"
-                raise UserError(
+                raise DivergedError(
                     f"training stopped: {name} is {values[name]} at step {step}, on records "
                     f"{records.tolist()}; last good checkpoint: {good}; look at the records, or "
                     "lower optimizer.learning_rate in another --workdir"

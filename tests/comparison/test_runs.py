@@ -69,6 +69,7 @@ def test_a_finished_run_is_found_again(tmp_path: Path):
     [
         (lambda result: result["recipe"]["records"].update(train="c"), "recipe.records.train='c'"),
         (lambda result: result["recipe"]["optimizer"].update(beta2=0.9), "recipe.optimizer.beta2"),
+        (lambda result: result["recipe"]["evaluation"].update(num_fewshot=5), "num_fewshot=5"),
         (lambda result: result.update(learning_rate=1e-3), "learning_rate=0.001"),
         (lambda result: result["upscale"].update(layout="top"), "upscale.layout='top'"),
     ],
@@ -103,6 +104,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
         ({"sweep_fraction": 0.0}, "sweep_fraction=0.0"),
         ({"rate_factor": 1.0}, "rate_factor=1.0"),
         ({"questions": -1}, "questions=-1"),
+        ({"questions": 1}, "questions=1"),
     ],
 )
 def test_what_could_not_be_finished_is_refused_before_the_first_run(

@@ -117,12 +117,16 @@ def test_one_pair_has_no_error_and_none_no_difference(tmp_path):
     assert all(row["loss_stderr"] is None for row in summary.contender_rows(runs))
 
 
-def test_the_same_difference_in_all_pairs_has_no_t(tmp_path):
+@pytest.mark.parametrize("ends", [((2.5, 2.25), (2.5, 2.25)), ((2.3, 2.2), (2.4, 2.3))])
+def test_the_same_difference_in_all_pairs_has_no_t(ends, tmp_path):
     contents = [
-        a_run(n, seed=s, final=final) for n, final in (("a", 2.5), ("b", 2.25)) for s in (0, 1)
+        a_run(name, seed=seed, final=final)
+        for seed, both in enumerate(ends)
+        for name, final in zip("ab", both, strict=True)
     ]
     row = row_of(summary.paired_rows(read_runs(write(tmp_path, *contents)), ["a"]), "b")
-    assert (row["loss_difference"], row["loss_stderr"], row["loss_t"]) == (-0.25, 0, None)
+    assert row["loss_difference"] == pytest.approx(ends[0][1] - ends[0][0])
+    assert (row["loss_stderr"], row["loss_t"], row["loss_p"]) == (0, None, None)
 
 
 def sweep(name: str, losses: dict[float, float]):

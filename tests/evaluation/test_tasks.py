@@ -10,7 +10,7 @@ import pytest
 
 from opt_deus_jax.config import EvaluationConfig
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.evaluation.tasks import first_questions, load_tasks
+from opt_deus_jax.evaluation.tasks import first_questions, load_tasks, metric_names
 
 
 def _load(**settings: Any) -> Any:
@@ -29,6 +29,15 @@ def test_a_limit_is_spread_over_a_group(questions: Path) -> None:
     asked = first_questions(tasks, 1000)
     assert asked is not None
     assert (len(asked["piqa"]), len(asked["mmlu_anatomy"])) == (3, 2)
+
+
+def test_metrics_are_those_of_the_results(questions: Path) -> None:
+    tasks = _load(tasks=("piqa", "mmlu", "wikitext"), local_data=str(questions))
+    piqa, mmlu, wikitext = map(metric_names, tasks)
+    assert "acc" in piqa
+    assert mmlu == ["acc"]
+    assert "word_perplexity" in wikitext
+    assert "acc" not in wikitext
 
 
 def test_prompts_are_those_of_lm_eval(questions: Path) -> None:
