@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from opt_deus_jax.comparison.questions import Questions, ask, load_questions
 from opt_deus_jax.comparison.runs import (
     Run,
     experiment_of,
+    first_difference,
     read_result,
     recipe_of,
     starting_rate,
@@ -170,10 +171,7 @@ def _result_of(setting: Setting, run: Run) -> dict[str, Any]:
     recipe = recipe_of(setting.comparison, setting.record_hashes)
     found = read_result(setting.results, run, recipe)
     exported = _exported(setting, run)
-    left = _read_made_as(exported) if exported else None
-    if exported and left:
-        _refuse_difference(exported, left, _made_as(setting, run), left)
-    is_left = exported is None or left is not None
+    is_left = exported is None or _is_exported(exported, _made_as(setting, run))
     if found is not None and (is_left or _diverged(found)):
         return found
     setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
@@ -209,27 +207,26 @@ def _made_as(setting: Setting, run: Run) -> dict[str, Any]:
 def _refuse_other_exports(setting: Setting, contenders: Sequence[Contender]) -> None:
     """Before anything is run: the rate is not known yet, the recipe is."""
     for contender in contenders:
-        run = Run(contender, "final", setting.comparison.seeds[0], 0.0)
-        folder = _exported(setting, run)
-        if folder and (found := _read_made_as(folder)):
-            _refuse_difference(folder, found, _made_as(setting, run), ("run", "recipe"))
+        run = Run(contender, "final", setting.comparison.seeds[0], math.nan)
+        if folder := _exported(setting, run):
+            _is_exported(folder, _made_as(setting, run) | {"learning_rate": None})
 
 
-def _read_made_as(folder: Path) -> dict[str, Any] | None:
-    # Written last: without it the folder is of an export that was killed.
+def _is_exported(folder: Path, made_as: Mapping[str, Any]) -> bool:
+    """Whether the model of this very run is there; that of another is refused."""
     path = folder / _MADE_AS
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _refuse_difference(
-    folder: Path, found: Mapping[str, Any], ours: Mapping[str, Any], names: Iterable[str]
-) -> None:
-    for name in names:
-        if found[name] != ours[name]:
-            raise UserError(
-                f"{folder}: exported from a run with another {name} ({_MADE_AS}); use another "
-                "--workdir, or delete this folder"
-            )
+    # Written last: without it the folder is of an export that was killed.
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    if made_as["learning_rate"] is None:
+        found["learning_rate"] = None
+    if difference := first_difference(found, made_as):
+        raise UserError(
+            f"{folder}: exported from a run that had {difference}; use another --workdir, or "
+            "delete this folder"
+        )
+    return True
 
 
 def _export(setting: Setting, run: Run, folder: Path) -> None:

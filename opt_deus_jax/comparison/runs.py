@@ -193,7 +193,7 @@ def read_result(folder: Path, run: Run, recipe: Mapping[str, Any]) -> dict[str, 
         "learning_rate": run.learning_rate,
         "upscale": json.loads(json.dumps(upscale_settings(run.contender))),
     }
-    difference = _first_difference(theirs, ours)
+    difference = first_difference(theirs, ours)
     if difference:
         raise UserError(
             f"{path}: this run had {difference}; set it back, or use another folder of results"
@@ -201,10 +201,11 @@ def read_result(folder: Path, run: Run, recipe: Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def _first_difference(theirs: Any, ours: Any, name: str = "") -> str:
+def first_difference(theirs: Any, ours: Any, name: str = "") -> str:
+    """Names the first field in which two trees of JSON differ, and both values; empty for none."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in [*theirs, *(key for key in ours if key not in theirs)]:
-            found = _first_difference(theirs.get(key), ours.get(key), f"{name}.{key}".strip("."))
+            found = first_difference(theirs.get(key), ours.get(key), f"{name}.{key}".strip("."))
             if found:
                 return found
         return ""
