@@ -91,7 +91,8 @@ def start(
     """Reads the flags and checks the experiment against what earlier launchers recorded.
 
     `config.json` in the work directory holds each part of the experiment that some launcher has
-    used. A fixed part that was used before must be the same now, or results would be mixed.
+    used. A fixed part that was used before must be the same now, or results would be mixed, unless
+    the directory holds nothing else yet.
 
     Args:
         fixed: The fields of `Experiment` that this launcher and others depend on.
@@ -107,7 +108,10 @@ def start(
     experiment = experiment_from_flags()
     workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
     path = workdir / CONFIG_FILE
-    before = json.loads(path.read_text()) if path.exists() else {}
+    # Where nothing was made yet, what a first command got wrong binds nobody.
+    made = workdir.is_dir() and any(entry.name != CONFIG_FILE for entry in workdir.iterdir())
+    is_read = path.exists() and (made or not is_writer)
+    before = json.loads(path.read_text()) if is_read else {}
     now = json.loads(json.dumps(dataclasses.asdict(experiment)))
     for part in fixed:
         if part in before and before[part] != now[part]:

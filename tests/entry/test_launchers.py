@@ -201,6 +201,13 @@ def test_every_part_of_the_config_is_recorded(workdir: Path) -> None:
     assert set(recorded) == fields - {"max_shard_bytes", "evaluation"}
 
 
+def test_a_mistyped_base_can_be_put_right(base: Path, tmp_path: Path) -> None:
+    command = ("prepare_data", f"--config={CONFIG}", f"--workdir={tmp_path}")
+    fail(*command, f"--config.base={tmp_path / 'no_such_folder'}")
+    error = fail(*command, f"--config.base={base}", f"--config.data.train={tmp_path / 'no_text'}")
+    assert "no_text" in error
+
+
 def test_benchmark_measures_both_solvers(flags: list[str], tmp_path: Path) -> None:
     arguments = (*flags[:-1], f"--workdir={tmp_path}", "--gaps=1", "--pot_iterations=50")
     assert "speed-up" in succeed("benchmark_expand", *arguments)
@@ -221,7 +228,9 @@ def test_readme_names_launchers_fields_and_variants_that_exist() -> None:
     for path in re.findall(r"(configs/[a-z]\w+\.py)", text):
         assert (ROOT / path).exists(), path
     for dotted in re.findall(r"--config\.([a-z_][\w.]*)", text):
-        holder: object = Comparison() if dotted.startswith("experiment.") else Experiment()
+        holder: object = Experiment()
+        if not hasattr(holder, dotted.partition(".")[0]):
+            holder = Comparison()
         for name in dotted.split("."):
             holder = getattr(holder, name)
 
