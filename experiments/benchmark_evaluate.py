@@ -44,11 +44,11 @@ def _hf_folder(base: str, workdir: Path) -> str:
 
 def main() -> None:
     """Lets both answer each task in turn."""
+    launch.need("test", "lm_eval", "torch")
     experiment, workdir = launch.start(("base",))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
-    # Before torch is loaded: threads that spin while they wait stall where the cores are shared.
+    # Before torch is loaded (which is slow): threads that spin while they wait stall shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Slow to import, and lm_eval may be missing.
     from experiments.oracles.hf_backend import load_hf_backend, set_batch_size
     from opt_deus_jax.evaluation import side_by_side as both
     from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel

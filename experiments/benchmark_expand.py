@@ -37,8 +37,7 @@ def _solve_both(previous: np.ndarray, next_: np.ndarray, epsilon: float) -> dict
     a, b = jnp.asarray(previous), jnp.asarray(next_)
     np.asarray(solve(a, b).plan_MN)  # compiled once per shape, in the expansion's own time
     start = time.perf_counter()
-    coupling = solve(a, b)
-    plan = np.asarray(coupling.plan_MN, np.float64)
+    plan = np.asarray(solve(a, b).plan_MN, np.float64)
     ours = time.perf_counter() - start
     # POT stops by the 2-norm of the target marginal's error.
     error = float(np.linalg.norm(plan.sum(axis=0) - 1 / plan.shape[1]))
@@ -52,8 +51,9 @@ def _solve_both(previous: np.ndarray, next_: np.ndarray, epsilon: float) -> dict
 def main() -> None:
     """Measures a whole expansion in a process of its own, then the solvers side by side."""
     experiment, workdir = launch.start(("base", "upscale"))
-    config = [argument for argument in sys.argv if argument.startswith("--config")]
-    command = [sys.executable, "-m", "experiments.expand", *config, f"--workdir={workdir}/expand"]
+    launch.need("test", "ot")
+    given = [argument for argument in sys.argv if argument.startswith("--config")]
+    command = [sys.executable, "-m", "experiments.expand", *given, f"--workdir={workdir}/expand"]
     expansion = run_measured(command)
     source = open_checkpoint(experiment.base)
     specs = block_specs(read_model_config(source.hf_config))

@@ -50,6 +50,7 @@ def _commands(experiment: Experiment, workdir: Path, ours: list[str]) -> dict[st
 
 def main() -> None:
     """Makes model and records, then lets the trainers take turns."""
+    launch.need("test", "torch")
     experiment, workdir = launch.start(("base", "upscale", "data"))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: _THREADS.value])
     arguments = [a for a in sys.argv if a.startswith("--config")] + [f"--workdir={workdir}"]

@@ -50,18 +50,21 @@ def main() -> None:
     # Slow to import, and lm_eval may be missing.
     from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
     from opt_deus_jax.evaluation.loading import load_model
-    from opt_deus_jax.evaluation.results import metric_rows, write_results
+    from opt_deus_jax.evaluation.results import metric_rows, refuse_other_model, write_results
     from opt_deus_jax.evaluation.tasks import load_tasks, run_tasks
 
     # It remarks on defaults of its own tasks.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    path = Path(pretrained)
+    name = _NAME.value or (path.stem if path.suffix == ".gguf" else path.name)
+    refuse_other_model(workdir / "evaluation", name, pretrained)
     tasks = load_tasks(settings)
     loaded = load_model(pretrained, mesh=experiment.mesh, dtype=settings.compute_dtype)
     model = OptDeusModel(loaded, settings.compute_dtype, settings.batch_tokens)
     results = run_tasks(model, settings, tasks=tasks, log_samples=_SAMPLES.value)
     if not is_writer:
         return
-    name = _NAME.value or Path(pretrained).stem
+    results["config"]["model_args"] = {"pretrained": pretrained}
     path = write_results(workdir / "evaluation", name, results)
     cut = f"questions cut from the left to fit the context: {model.truncated_requests}"
     title = f"{name}: {settings.num_fewshot}-shot"

@@ -48,7 +48,7 @@ def main() -> None:
             prompts,
             config=config,
             max_new_tokens=_TOKENS.value,
-            eos_id=tokenizer.eos_id,
+            eos_ids=tokenizer.eos_ids,
             temperature=_TEMPERATURE.value,
             top_p=_TOP_P.value,
             seed=_SEED.value,

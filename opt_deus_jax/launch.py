@@ -1,6 +1,7 @@
 """What every launcher shares: the two flags, the resolved config in the work directory, errors."""
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.config import Experiment, validate
 from opt_deus_jax.errors import UserError
 
@@ -120,10 +122,19 @@ def start(
         return experiment, workdir
     merged = before | {part: now[part] for part in (*fixed, *recorded)}
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(merged, indent=2) + "\n")
-    partial.rename(path)
+    write_json(path, merged)
     return experiment, workdir
+
+
+def need(extra: str, *modules: str) -> None:
+    """Refuses to go on without modules that an extra of the package brings.
+
+    Raises:
+        UserError: One is not installed.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"this needs {module}; run: pip install 'opt_deus_jax[{extra}]'")
 
 
 def _difference(part: str, before: object, now: object, path: Path) -> str:

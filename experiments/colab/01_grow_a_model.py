@@ -286,7 +286,7 @@ for title, directory in {"before": expanded, "after": exported}.items():
         [model.tokenizer.encode(PROMPT)],
         config=model.config,
         max_new_tokens=NEW_TOKENS,
-        eos_id=model.tokenizer.eos_id,
+        eos_ids=model.tokenizer.eos_ids,
     )
     print(f"{title}: {PROMPT}{model.tokenizer.decode(continuations[0])}\n")
 

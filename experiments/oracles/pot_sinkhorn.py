@@ -3,7 +3,6 @@
 import time
 
 import numpy as np
-import ot
 
 
 def time_pot(
@@ -26,6 +25,8 @@ def time_pot(
     Returns:
         (seconds, the marginal error that it reached).
     """
+    import ot
+
     start = time.perf_counter()
     cost = np.asarray(ot.dist(np.float64(source_MD), np.float64(target_ND), metric="euclidean"))
     m, n = cost.shape

@@ -284,8 +284,10 @@ def write_weights(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Writes JSON with a final newline; the file is the old one or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
 
 
 def check_room(directory: Path, num_bytes: int, held: int = 0) -> None:

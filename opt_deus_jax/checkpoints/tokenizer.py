@@ -33,7 +33,8 @@ class Tokenizer:
         name: The checkpoint that it came with.
         tokenizer_json: Content of tokenizer.json.
         vocabulary_size: Highest id, added tokens included, plus one.
-        eos_id: Id that ends a document.
+        eos_ids: Ids that end a text; the first ends a document. Of instruction-tuned models another
+            may end a turn.
         bos_id: Id that begins one, None where the model has none.
         special_tokens: Text of the special tokens by role ("eos_token"), as chat templates see it.
         chat_template: Jinja source, None where the checkpoint has no chat template.
@@ -42,7 +43,7 @@ class Tokenizer:
     name: str
     tokenizer_json: bytes = dataclasses.field(repr=False)
     vocabulary_size: int
-    eos_id: int
+    eos_ids: tuple[int, ...]
     bos_id: int | None
     special_tokens: Mapping[str, str]
     chat_template: str | None = dataclasses.field(repr=False)
@@ -110,8 +111,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Loads the tokenizer of a checkpoint.
 
-    The end of a document is the first `eos_token_id` of generation_config.json, else of
-    config.json, else the `eos_token` of tokenizer_config.json; likewise its beginning.
+    What ends a text are all `eos_token_id` of generation_config.json, else of config.json, and the
+    `eos_token` of tokenizer_config.json. A document begins with the first that is found likewise.
 
     Args:
         side_files: The checkpoint's other files, by name.
@@ -145,22 +146,21 @@ def load_tokenizer(
     )
     vocabulary_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     _check_fits(vocabulary_size, hf_config, name)
-    ids = {
-        role: _token_id(role, (generation, hf_config), special_tokens, backend)
+    bos_ids, eos_ids = (
+        _token_ids(role, (generation, hf_config), special_tokens, backend)
         for role in ("bos_token", "eos_token")
-    }
-    eos_id = ids["eos_token"]
-    if eos_id is None or not 0 <= eos_id < hf_config["vocab_size"]:
+    )
+    if not eos_ids or not 0 <= eos_ids[0] < hf_config["vocab_size"]:
         raise UserError(
-            f"{name}: no token ends a document (eos is {eos_id}); give eos_token_id in "
+            f"{name}: no token ends a document (eos is {list(eos_ids)}); give eos_token_id in "
             "generation_config.json or config.json, or eos_token in tokenizer_config.json"
         )
     return Tokenizer(
         name=name,
         tokenizer_json=tokenizer_json,
         vocabulary_size=vocabulary_size,
-        eos_id=eos_id,
-        bos_id=ids["bos_token"],
+        eos_ids=eos_ids,
+        bos_id=bos_ids[0] if bos_ids else None,
         special_tokens=special_tokens,
         chat_template=_chat_template(side_files, config),
     )
@@ -223,19 +223,18 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _token_id(
+def _token_ids(
     role: str,
     configs: Sequence[Mapping[str, Any]],
     special_tokens: Mapping[str, str],
     backend: tokenizers.Tokenizer,
-) -> int | None:
-    for config in configs:
-        value = config.get(f"{role}_id")
-        if isinstance(value, list):
-            value = value[0] if value else None
-        if value is not None:
-            return int(value)
-    return backend.token_to_id(special_tokens[role]) if role in special_tokens else None
+) -> tuple[int, ...]:
+    """Those of the first of the configs that has any, then the tokenizer's own."""
+    values = (config.get(f"{role}_id") for config in configs)
+    ids = next((value for value in values if value not in (None, [])), [])
+    ids = ids if isinstance(ids, list) else [ids]
+    own = backend.token_to_id(special_tokens[role]) if role in special_tokens else None
+    return tuple(dict.fromkeys(map(int, ids if own is None else [*ids, own])))
 
 
 def _chat_template(side_files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:

@@ -80,14 +80,14 @@ class TextEncoder(Protocol):
 
     Attributes:
         vocabulary_size: One more than the highest token.
-        eos_id: The token that ends a document.
+        eos_ids: The tokens that end a text; the first ends a document.
     """
 
     @property
     def vocabulary_size(self) -> int: ...  # noqa: D102
 
     @property
-    def eos_id(self) -> int: ...  # noqa: D102
+    def eos_ids(self) -> tuple[int, ...]: ...  # noqa: D102
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...  # noqa: D102
 
@@ -104,7 +104,7 @@ def encode_documents(tokenizer: TextEncoder, documents: list[Document]) -> Encod
     """
     encoded = tokenizer.encode_batch([document.text for document in documents])
     lengths = np.array([len(tokens) + 1 for tokens in encoded], np.int64)
-    ended = ((*tokens, tokenizer.eos_id) for tokens in encoded)
+    ended = ((*tokens, tokenizer.eos_ids[0]) for tokens in encoded)
     flat = np.fromiter(itertools.chain.from_iterable(ended), np.uint32, int(lengths.sum()))
     return Encoded(flat, lengths, np.zeros(len(flat), bool))
 

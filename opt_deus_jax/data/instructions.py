@@ -65,7 +65,7 @@ class ChatEncoder(Protocol):
     def vocabulary_size(self) -> int: ...  # noqa: D102
 
     @property
-    def eos_id(self) -> int: ...  # noqa: D102
+    def eos_ids(self) -> tuple[int, ...]: ...  # noqa: D102
 
     @property
     def bos_id(self) -> int | None: ...  # noqa: D102
@@ -139,7 +139,9 @@ def encode_conversations(
     if template == "alpaca":
         begin = tokenizer.encode("", add_special_tokens=True)[:1]
         begin = begin if begin == [tokenizer.bos_id] else []
-        examples = [[begin + prompt, answer + [tokenizer.eos_id]] for prompt, answer in examples]
+        examples = [
+            [begin + prompt, answer + [tokenizer.eos_ids[0]]] for prompt, answer in examples
+        ]
     lengths = np.array([sum(map(len, parts)) for parts in examples], np.int64)
     parts = list(itertools.chain.from_iterable(examples))
     flat = itertools.chain.from_iterable(parts)

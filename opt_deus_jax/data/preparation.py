@@ -60,7 +60,7 @@ def record_settings(
         settings["chat_template_sha256"] = hashlib.sha256(chat_template.encode()).hexdigest()
     return settings | {
         "vocabulary_size": vocabulary_size,
-        "eos_id": tokenizer.eos_id,
+        "eos_id": tokenizer.eos_ids[0],
         "tokenizer_sha256": hashlib.sha256(tokenizer_fingerprint.encode()).hexdigest(),
         "format_version": FORMAT_VERSION,
     }

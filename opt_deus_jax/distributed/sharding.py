@@ -23,6 +23,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "batch": ("data", "fsdp"),
     # Looked up with the sequences of a data group whole: the embedding then stays cut by width.
     "lookup_batch": "data",
+    "all_rows": None,
     "length": None,
     "all_kv_heads": None,
     "gathered_width": None,

@@ -37,11 +37,11 @@ def continue_prompts(
         on_done: Is told how many further prompts are done.
 
     Returns:
-        The new tokens of each prompt, without the end-of-text token.
+        The new tokens of each prompt, without the one that ended it.
     """
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     continuations: list[list[int]] = [[] for _ in prompts]
-    shards, eos_id = num_shards("batch", model.mesh), model.tokenizer.eos_id
+    shards = num_shards("batch", model.mesh)
     start = 0
     while start < len(order):
         longest = len(prompts[order[start]])
@@ -54,10 +54,10 @@ def continue_prompts(
         with jax.set_mesh(model.mesh):
             generated = generate(
                 model.params,
-                [prompts[number] for number in numbers] + [[eos_id] * length] * fillers,
+                [prompts[number] for number in numbers] + [[0] * length] * fillers,
                 config=model.config,
                 max_new_tokens=max_new_tokens,
-                eos_id=eos_id,
+                eos_ids=model.tokenizer.eos_ids,
                 temperature=temperature,
                 top_p=top_p,
                 seed=start,

@@ -4,6 +4,7 @@ Texts become tokens as in lm_eval's own `hf` backend, so that figures are compar
 command line it is found after `import opt_deus_jax.evaluation.lm_eval_model`.
 """
 
+import bisect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -80,7 +81,7 @@ class OptDeusModel(TemplateLM):
     def eot_token_id(self) -> int:
         """Id that ends a document, as the tokenizer's own files name it."""
         token = self.model.tokenizer.special_tokens.get("eos_token")
-        return self.model.tokenizer.eos_id if token is None else self._id_of(token)
+        return self.model.tokenizer.eos_ids[0] if token is None else self._id_of(token)
 
     @property
     def prefix_token_id(self) -> int:
@@ -247,8 +248,18 @@ class OptDeusModel(TemplateLM):
         )
         eos = self.model.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         stops = handle_stop_sequences(settings.get("until"), eos)
-        decoded = map(self.model.tokenizer.decode, continuations)
-        return [postprocess_generated_text(text, stops, None) for text in decoded]
+        return [self._text(continuation, stops) for continuation in continuations]
+
+    def _text(self, tokens: list[int], stops: Sequence[str]) -> str:
+        """Decodes up to the first stop string; that may be a special token, which has no text."""
+        decode = self.model.tokenizer.decode
+
+        def is_over(length: int) -> bool:
+            written = decode(tokens[:length], skip_special_tokens=False)
+            return any(stop in written for stop in stops)
+
+        length = 1 + bisect.bisect_left(range(1, len(tokens)), True, key=is_over)
+        return postprocess_generated_text(decode(tokens[:length]), list(stops), None)
 
 
 register_model("opt_deus_jax")(OptDeusModel)

@@ -7,6 +7,8 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable
 
+from opt_deus_jax.errors import UserError
+
 
 def write_results(folder: Path, name: str, results: Mapping[str, Any]) -> Path:
     """Writes NAME.json as lm_eval does and, where there are samples, NAME_samples_TASK.jsonl.
@@ -32,6 +34,25 @@ def write_results(folder: Path, name: str, results: Mapping[str, Any]) -> Path:
     path = folder / f"{name}.json"
     path.write_text(dump({key: results[key] for key in results if key != "samples"}, 2))
     return path
+
+
+def refuse_other_model(folder: Path, name: str, pretrained: str) -> None:
+    """Refuses to put results in the place of those of another model.
+
+    Args:
+        folder: With the results.
+        name: Of their files.
+        pretrained: What is to be evaluated.
+
+    Raises:
+        UserError: NAME.json is there, and of something else.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return
+    theirs = json.loads(path.read_text())["config"].get("model_args")
+    if theirs != {"pretrained": pretrained}:
+        raise UserError(f"{path} is of {theirs}, not of {pretrained}; give another --name")
 
 
 def metric_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

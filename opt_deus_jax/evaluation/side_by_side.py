@@ -155,9 +155,9 @@ def compare_answers(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Agree
             first, second = (_log_likelihoods(row) for row in (mine, other))
             largest = max(largest, float(np.max(np.abs(first - second))))
             chosen = int(np.argmax(first))
-            if chosen == int(np.argmax(second)):
+            if _choice(mine) == _choice(other):
                 continue
-            if np.max(second) - second[chosen] <= TIE:
+            if len(second) > 1 and np.max(second) - second[chosen] <= TIE:
                 ties += 1
                 continue
             answers = {"ours": first.tolist(), "theirs": second.tolist()}
@@ -169,6 +169,14 @@ def _log_likelihoods(sample: Mapping[str, Any]) -> np.ndarray:
     """Of the answers of a question, or of the one text of `loglikelihood_rolling`."""
     responses = sample["filtered_resps"]
     return np.array([one[0] if isinstance(one, tuple | list) else one for one in responses])
+
+
+def _choice(sample: Mapping[str, Any]) -> int:
+    """Which answer is the likeliest; of a text to be predicted alone, whether it is."""
+    responses = sample["filtered_resps"]
+    if len(responses) == 1 and isinstance(responses[0], tuple | list):
+        return int(responses[0][1])
+    return int(np.argmax(_log_likelihoods(sample)))
 
 
 def _relative_difference(ours: float, theirs: float) -> float:

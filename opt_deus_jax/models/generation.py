@@ -1,12 +1,15 @@
 """Sampling text with a key-value cache."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from opt_deus_jax.distributed.sharding import constrain
 from opt_deus_jax.models.language_model import Params, cached_forward, empty_cache
 from opt_deus_jax.models.model_config import ModelConfig
 
@@ -40,7 +43,7 @@ def sample_token(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "dtype", "max_new_tokens", "temperature", "top_p", "eos_id"),
+    static_argnames=("config", "dtype", "max_new_tokens", "temperature", "top_p"),
 )
 def _generate(
     params: Params,
@@ -53,7 +56,6 @@ def _generate(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    eos_id: int,
 ) -> Array:
     batch, length = tokens_BT.shape
     total = length + max_new_tokens
@@ -71,20 +73,20 @@ def _generate(
     )
 
     def step(state: tuple, i: Array) -> tuple[tuple, Array]:
-        logits_BV, cache, position_B, done_B = state
-        sampled_B = sample_token(
+        logits_BV, cache, position_B = state
+        token_B = sample_token(
             logits_BV, jax.random.fold_in(key, i), temperature=temperature, top_p=top_p
         )
-        token_B = jnp.where(done_B, eos_id, sampled_B)
         allowed_B1S = (real_BS & (places_S <= length + i)[None])[:, None]
         logits_BV, cache = forward(
             params, token_B[:, None], position_B[:, None], allowed_B1S, cache, length + i
         )
-        return (logits_BV, cache, position_B + 1, done_B | (token_B == eos_id)), token_B
+        return (logits_BV, cache, position_B + 1), token_B
 
-    state = (logits_BV, cache, positions_BT[:, -1] + 1, jnp.zeros((batch,), bool))
+    state = (logits_BV, cache, positions_BT[:, -1] + 1)
     _, generated_NB = jax.lax.scan(step, state, jnp.arange(max_new_tokens, dtype=jnp.int32))
-    return generated_NB.T
+    # Every process reads all of the result.
+    return constrain(generated_NB.T, "all_rows", "length")
 
 
 def generate(
@@ -93,7 +95,7 @@ def generate(
     *,
     config: ModelConfig,
     max_new_tokens: int,
-    eos_id: int,
+    eos_ids: Sequence[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -106,14 +108,14 @@ def generate(
         prompts: Token ids of each prompt, none empty.
         config: The network.
         max_new_tokens: How many tokens to add at most.
-        eos_id: Generation of a row stops after this token.
+        eos_ids: A row ends before the first of these tokens.
         temperature: 0 is greedy.
         top_p: Nucleus sampling.
         seed: Seed of the draws.
         dtype: Type of the activations and of the cache.
 
     Returns:
-        The new tokens of each prompt, without the end-of-text token.
+        The new tokens of each prompt, without the one that ended it.
 
     Raises:
         ValueError: A prompt is empty.
@@ -121,7 +123,7 @@ def generate(
     if not all(prompts):
         raise ValueError("a prompt is empty: give at least one token")
     length = max(len(prompt) for prompt in prompts)
-    tokens_BT = np.full((len(prompts), length), eos_id, np.int32)
+    tokens_BT = np.zeros((len(prompts), length), np.int32)
     real_BT = np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, length - len(prompt) :] = prompt
@@ -136,7 +138,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        eos_id=eos_id,
     )
     rows = np.asarray(generated).tolist()
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+    return [list(itertools.takewhile(lambda token: token not in eos_ids, row)) for row in rows]

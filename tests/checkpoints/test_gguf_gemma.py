@@ -124,7 +124,7 @@ def test_tokens_are_those_of_transformers(tmp_path):
         expected = oracle(text)["input_ids"]
         assert ours.encode(text, add_special_tokens=True) == expected
         assert ours.decode(expected) == oracle.decode(expected, skip_special_tokens=True)
-    assert (ours.bos_id, ours.eos_id) == (2, 1)
+    assert (ours.bos_id, ours.eos_ids) == (2, (1,))
 
 
 @pytest.mark.parametrize(

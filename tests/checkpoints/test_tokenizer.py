@@ -112,7 +112,7 @@ def test_smollm2_text_survives_the_way_there_and_back(smollm2):
 
 
 def test_smollm2_facts(smollm2):
-    assert (smollm2.vocabulary_size, smollm2.eos_id, smollm2.bos_id) == (49152, 2, 1)
+    assert (smollm2.vocabulary_size, smollm2.eos_ids, smollm2.bos_id) == (49152, (2,), 1)
     assert smollm2.encode("hi", add_special_tokens=True) == smollm2.encode("hi")
 
 
@@ -131,7 +131,7 @@ def test_transformers_reads_the_side_files_as_we_do(source, smollm2, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in PROSE + DIGITS:
         assert theirs(text).input_ids == smollm2.encode(text, add_special_tokens=True)
-    assert theirs.eos_token_id == smollm2.eos_id
+    assert (theirs.eos_token_id,) == smollm2.eos_ids
     assert theirs.apply_chat_template(CONVERSATIONS[0], tokenize=False) == (
         smollm2.apply_chat_template(CONVERSATIONS[0])
     )
@@ -171,13 +171,14 @@ def test_truncation_and_padding_in_the_file_are_switched_off():
 
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
-    [({}, {}, 2), ({}, {"eos_token_id": [1, 2]}, 1), ({"eos_token_id": 0}, {"eos_token_id": 1}, 0),
-     ({"eos_token_id": [3, 2]}, {}, 3), ({}, {"eos_token_id": None}, 2)],
+    [({}, {}, (2,)), ({}, {"eos_token_id": [1, 2]}, (1, 2)), ({}, {"eos_token_id": None}, (2,)),
+     ({"eos_token_id": 0}, {"eos_token_id": 1}, (0, 2)), ({"eos_token_id": [3, 1]}, {}, (3, 1, 2)),
+     ({"eos_token_id": []}, {"eos_token_id": 2}, (2,))],
 )  # fmt: skip
 def test_where_eos_comes_from(generation, config, expected):
     files = {**word_files(), "generation_config.json": json.dumps(generation).encode()}
     tokenizer = load_tokenizer(files, {**CONFIG, **config}, "words")
-    assert tokenizer.eos_id == expected
+    assert tokenizer.eos_ids == expected
     assert tokenizer.bos_id is None
 
 

@@ -162,7 +162,7 @@ def test_alpaca_template_is_that_of_stanford(backend: tokenizers.Tokenizer, tmp_
             encoded, [prompts[0], prompts[1], prompts[1]], rows, strict=True
         ):
             prompt_tokens = tokenizer.encode(prompt, add_special_tokens=True)
-            answer = [*tokenizer.encode(row["output"]), tokenizer.eos_id]
+            answer = [*tokenizer.encode(row["output"]), tokenizer.eos_ids[0]]
             assert (prompt_tokens[0] == 1) == begins
             assert tokens == prompt_tokens + answer
             assert is_answer == [False] * len(prompt_tokens) + [True] * len(answer)

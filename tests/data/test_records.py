@@ -24,7 +24,7 @@ class ByteEncoder:
     """UTF-8 bytes as tokens; module-level, so that spawned processes can unpickle it."""
 
     vocabulary_size: int = 257
-    eos_id: int = EOS
+    eos_ids: tuple[int, ...] = (EOS,)
     shift: int = 0
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -150,7 +150,7 @@ def test_held_out_text_of_its_own(tmp_path: Path, corpus: Path):
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
 def test_highest_token_survives(tmp_path: Path, corpus: Path, vocabulary: int, dtype: str):
-    encoder = ByteEncoder(vocabulary, eos_id=vocabulary - 1)
+    encoder = ByteEncoder(vocabulary, eos_ids=(vocabulary - 1,))
     info = prepare(tmp_path / "records", make_config(corpus), encoder)
     assert info.dtype == dtype
     assert load_records(tmp_path / "records", "train").tokens.max() == vocabulary - 1

@@ -48,6 +48,19 @@ def test_results_are_lm_eval_s(base: Path, questions: Path, tmp_path: Path) -> N
     )
 
 
+def test_results_of_another_model_are_not_overwritten(
+    base: Path, questions: Path, tmp_path: Path
+) -> None:
+    first, second = (shutil.copytree(base, tmp_path / name / "model-1.5") for name in "ab")
+    arguments = [*_arguments(base, tmp_path, questions), "--config.evaluation.tasks=('piqa',)"]
+    succeed("evaluate", *arguments, f"--model={first}")
+    written = tmp_path / "evaluation" / "model-1.5.json"
+    before = written.read_text()
+    assert json.loads(before)["config"]["model_args"] == {"pretrained": str(first)}
+    assert "give another --name" in fail("evaluate", *arguments, f"--model={second}")
+    assert written.read_text() == before
+
+
 def test_a_model_that_is_not_there_says_what_to_run(
     base: Path, questions: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,7 @@
 """The model class against lm_eval's own `hf` backend, on the same checkpoint and questions."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from opt_deus_jax.checkpoints.tokenizer import load_tokenizer
 from opt_deus_jax.config import PAPER_TASKS, EvaluationConfig, MeshConfig, UpscaleConfig
 from opt_deus_jax.distributed.mesh import make_mesh
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.evaluation.continuing import continue_prompts
 from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
 from opt_deus_jax.evaluation.loading import LoadedModel
 from opt_deus_jax.evaluation.results import metric_rows
@@ -114,6 +117,47 @@ def test_generations_equal_the_hf_backend(model: OptDeusModel, oracle: Any) -> N
     expected = [oracle.generate_until([request], disable_tqdm=True)[0] for request in requests]
     assert found == expected
     assert len(set(found)) > 4
+
+
+def _make_special(folder: Path, listed: int, own: int, other: int) -> None:
+    """Writes tokens as <|ID|>; the first two end a text, the second as the tokenizer's own."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    named = {token: f"<|{token}|>" for token in (listed, own, other)}
+    vocabulary = content["model"]["vocab"].items()
+    content["model"]["vocab"] = {named.get(token, text): token for text, token in vocabulary}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"] += [
+        {"id": token, "content": text, "special": True, **plain} for token, text in named.items()
+    ]
+    path.write_text(json.dumps(content))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, listed]}))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": named[own]}))
+
+
+def test_a_generation_ends_at_any_token_that_ends_a_text(
+    checkpoint: Path, model: OptDeusModel, tmp_path: Path
+) -> None:
+    texts = ["the base computes", "Question: what", "A."]
+    prompts = [model.tok_encode(text) for text in texts]
+    whole = continue_prompts(model.model, prompts, max_new_tokens=12)
+    # Tokens that only one of the three writes: bytes beyond ASCII, of which no other is made.
+    ends = [
+        next(t for t in row[3:] if 100 < t < 258 and sum(t in other for other in whole) == 1)
+        for row in whole
+    ]
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    _make_special(folder, *ends)
+    ours, theirs = OptDeusModel(str(folder)), hf_backend(str(folder))
+    assert ours.model.tokenizer.eos_ids == (0, *ends[:2])
+    assert ours.eot_token_id == theirs.eot_token_id == ends[1]
+    settings = {"until": [f"<|{ends[2]}|>"], "max_gen_toks": 12}
+    requests = _requests("generate_until", [(text, dict(settings)) for text in texts])
+    found = ours.generate_until(requests, disable_tqdm=True)
+    assert found == [theirs.generate_until([one], disable_tqdm=True)[0] for one in requests]
+    cut = [row[: row.index(end)] for row, end in zip(whole, ends, strict=True)]
+    assert found == [model.model.tokenizer.decode(row) for row in cut]
 
 
 @pytest.mark.parametrize("layout", ["top", "uniform"])

@@ -44,6 +44,15 @@ def test_choices_differ_only_beyond_a_tie() -> None:
     ]
 
 
+def test_of_a_text_to_be_predicted_it_counts_whether_it_is_the_likeliest() -> None:
+    ours, theirs = _results((-1.0,), (-2.0,)), _results((-1.0,), (-2.0,))
+    assert not compare_answers(ours, theirs).disagreements
+    ours["samples"]["piqa"][1]["filtered_resps"] = [(-2.0, True)]
+    agreement = compare_answers(ours, theirs)
+    assert [found["question"] for found in agreement.disagreements] == [1]
+    assert agreement.ties == 0
+
+
 def test_other_questions_are_not_compared() -> None:
     with pytest.raises(ValueError, match="different questions"):
         compare_answers(_results((-1.0, -2.0)), _results((-1.0, -2.0), asked="who"))

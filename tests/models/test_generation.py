@@ -79,23 +79,24 @@ def test_prefill_and_decoding_equal_the_full_forward(params):
 
 def test_a_batch_of_prompts_of_any_length_is_continued_as_transformers_does(params):
     expected = greedy_by_transformers(12)
-    made = generate(params, PROMPTS, config=SHAPE, max_new_tokens=12, eos_id=-1)
+    made = generate(params, PROMPTS, config=SHAPE, max_new_tokens=12, eos_ids=())
     assert made == expected
     assert len({tuple(row) for row in made}) == 3
 
 
-def test_a_row_stops_at_its_end_of_text_and_the_others_go_on(params):
+def test_a_row_stops_at_the_first_of_its_end_tokens_and_the_others_go_on(params):
     plain = greedy_by_transformers(12)
-    eos_id = plain[0][4]
-    made = generate(params, PROMPTS, config=SHAPE, max_new_tokens=12, eos_id=eos_id)
-    cut = [row[: row.index(eos_id)] if eos_id in row else row for row in plain]
-    assert made == cut
+    ends = (plain[0][7], plain[0][4])
+    made = generate(params, PROMPTS, config=SHAPE, max_new_tokens=12, eos_ids=ends)
+    for row, whole in zip(made, plain, strict=True):
+        stop = min((whole.index(end) for end in ends if end in whole), default=12)
+        assert row == whole[:stop]
     assert len(made[0]) <= 4
     assert max(map(len, made)) == 12
 
 
 def test_sampled_text_is_of_its_seed(params):
-    options = {"config": SHAPE, "max_new_tokens": 12, "eos_id": -1, "temperature": 1.5}
+    options = {"config": SHAPE, "max_new_tokens": 12, "eos_ids": (), "temperature": 1.5}
     first, again, other = (generate(params, PROMPTS, seed=seed, **options) for seed in (1, 1, 2))
     assert first == again
     assert first != other
@@ -104,7 +105,7 @@ def test_sampled_text_is_of_its_seed(params):
 
 def test_an_empty_prompt_is_refused(params):
     with pytest.raises(ValueError, match="a prompt is empty"):
-        generate(params, [[1], []], config=SHAPE, max_new_tokens=1, eos_id=0)
+        generate(params, [[1], []], config=SHAPE, max_new_tokens=1, eos_ids=(0,))
 
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
