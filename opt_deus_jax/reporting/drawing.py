@@ -74,7 +74,9 @@ def label_ends(
     *,
     inches: float,
 ) -> None:
-    """Writes names right of the axis, each with a thin line to the end of its curve, kept apart.
+    """Writes names right of the axis, each with a dotted line to the end of its curve, kept apart.
+
+    What ends out of view gets its value too.
 
     Args:
         axis: With its limits set.
@@ -93,9 +95,17 @@ def label_ends(
     places = isotonic_regression(wanted - apart).x + apart
     for name, place in zip(names, places, strict=True):
         look = looks[name]
-        line = {"color": look.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        # Dotted, for a curve that ends early must not seem to go on.
+        line = {
+            "color": look.colour,
+            "linewidth": 0.8,
+            "linestyle": ":",
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
+        end = ends[name][1]
         axis.annotate(
-            name,
+            name if end == shown[name][1] else f"{name}: {end:.4g}",
             xy=shown[name],
             xytext=(1.06, float(place)),
             textcoords="axes fraction",

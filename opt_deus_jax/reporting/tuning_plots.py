@@ -36,7 +36,7 @@ def learning_rates(rows: Sequence[Mapping[str, Any]], highlighted: Sequence[str]
         axis.plot([row["chosen"]], [losses[row["chosen"]]], markersize=6, **drawn)
     axis.set_xscale("log")
     rates = sorted({rate for row in rows for rate in row["losses"]})
-    axis.set_xticks(rates, [f"{rate:.2g}" for rate in rates], rotation=45)
+    axis.set_xticks(rates, [f"{rate:.3g}" for rate in rates], rotation=45)
     axis.minorticks_off()
     axis.set_xlabel("peak learning rate (filled: chosen)")
     axis.set_ylabel("held-out loss of the trial, nats a token")

@@ -52,6 +52,14 @@ def test_labels_that_have_room_stay_and_others_move_apart_in_order():
     assert places({"a": math.nan}) == {}
 
 
+def test_a_label_of_what_ends_out_of_view_has_its_value():
+    assert list(places({"a": 0.5, "low": -0.25, "high": 3.02691})) == [
+        "low: -0.25",
+        "a",
+        "high: 3.027",
+    ]
+
+
 def test_dots_far_out_are_arrows_with_their_value():
     dots = [Dot(str(i), 2.6 + i / 100, 0.01, 0.03, (2.6, 2.61)) for i in range(8)]
     axis = Figure().subplots()
