@@ -8,9 +8,11 @@ on another machine too. Then it writes tables and pictures to RESULTS/report, as
 """
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from opt_deus_jax import launch
@@ -36,6 +38,14 @@ def _command() -> str:
     return shlex.join(["python", "-m", "experiments.compare", *named])
 
 
+def _share_compiled_programs(folder: Path) -> None:
+    """Compiles once what seeds, rates and contenders have in common."""
+    # Of an earlier start, perhaps on another processor, or by another version.
+    shutil.rmtree(folder, ignore_errors=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 def main() -> None:
     """Runs what has no result yet, then reports."""
     comparison = flags.FLAGS.config
@@ -49,6 +59,7 @@ def main() -> None:
     workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
     results = Path(_RESULTS.value).absolute() if _RESULTS.value else workdir / "results"
     if not _REPORT_ONLY.value:
+        _share_compiled_programs(workdir / "compiled")
         setting = prepare(
             comparison, workdir=workdir, results=results, command=_command(), say=show
         )

@@ -249,6 +249,8 @@ def run_tasks(
     results = evaluate(
         model=model,
         tasks=list(tasks),
+        # It would read thousands of files to look up the tasks that are here already.
+        task_manager=TaskManager(include_defaults=False),
         num_fewshot=settings.num_fewshot,
         samples=first_questions(tasks, settings.limit),
         bootstrap_iters=_BOOTSTRAPS,

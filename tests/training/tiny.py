@@ -26,13 +26,15 @@ def tiny_hf_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def tiny_tensors(hf_config: dict[str, Any], zeroed: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+def tiny_tensors(
+    hf_config: dict[str, Any], zeroed: tuple[int, ...] = (), deviation: float = 0.3
+) -> dict[str, np.ndarray]:
     """Random tensors; the layers in `zeroed` are the identity, as new layers are."""
     config = read_model_config(hf_config)
     draw = np.random.default_rng(0)
     tensors = {}
     for name, spec in named_tensors(config, config.num_layers):
-        tensors[name] = (0.3 * draw.normal(size=spec.shape)).astype(np.float32)
+        tensors[name] = (deviation * draw.normal(size=spec.shape)).astype(np.float32)
         if spec.init == "ones":
             tensors[name] += 1
     for layer in zeroed:
@@ -46,9 +48,11 @@ def source_of(hf_config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Chec
     return CheckpointSource("tiny", hf_config, infos, tensors.__getitem__, {})
 
 
-def tiny_source(zeroed: tuple[int, ...] = (), **changes: Any) -> CheckpointSource:
+def tiny_source(
+    zeroed: tuple[int, ...] = (), deviation: float = 0.3, **changes: Any
+) -> CheckpointSource:
     hf_config = tiny_hf_config(**changes)
-    return source_of(hf_config, tiny_tensors(hf_config, zeroed))
+    return source_of(hf_config, tiny_tensors(hf_config, zeroed, deviation))
 
 
 def one_device_mesh() -> jax.sharding.Mesh:
