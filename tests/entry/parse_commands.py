@@ -52,7 +52,13 @@ def problem_of(launcher: str, arguments: list[str]) -> str | None:
         os.dup2(writer, 2)
         sys.argv = [f"experiments/{launcher}.py", *arguments]
         launch.run = check_instead
-        runpy.run_module(f"experiments.{launcher}", run_name="__main__")
+        try:
+            runpy.run_module(f"experiments.{launcher}", run_name="__main__")
+        except SystemExit as end:
+            # Exits at once: taking all modules down takes longer than the rest.
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr, flush=True)
+            os._exit(end.code if isinstance(end.code, int) else bool(end.code))
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as stderr:

@@ -1,5 +1,6 @@
 """The scripts that start pods: their syntax, the flags they use, and how arguments arrive."""
 
+import functools
 import os
 import re
 import shlex
@@ -61,6 +62,18 @@ def test_a_setting_that_is_missing_is_named(script: Path) -> None:
         assert f"{name}: set {name} to" in result.stderr
 
 
+@functools.cache
+def _help(module: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", "--help"],
+        cwd=_ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+
+
 @pytest.mark.parametrize("script", _SCRIPTS, ids=lambda script: script.name)
 def test_the_modules_and_flags_it_uses_exist(script: Path) -> None:
     code = _code(script)
@@ -68,19 +81,9 @@ def test_the_modules_and_flags_it_uses_exist(script: Path) -> None:
     others = set(re.findall(r"experiments/launch/(\w+\.sh)", code))
     assert modules or others
     assert others <= {other.name for other in _SCRIPTS}
-    helps = {}
-    for module in modules:
-        helps[module] = subprocess.run(
-            [sys.executable, "-m", f"experiments.{module}", "--help"],
-            cwd=_ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
-        assert "--workdir" in helps[module]
+    assert all("--workdir" in _help(module) for module in modules)
     if "--coordinator" in code:
-        assert all("--coordinator" in helps[module] for module in ("expand", "train"))
+        assert all("--coordinator" in _help(module) for module in ("expand", "train"))
 
 
 @pytest.mark.parametrize(
