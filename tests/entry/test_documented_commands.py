@@ -16,15 +16,15 @@ _MODULES = [*ROOT.glob("configs/*.py"), *ROOT.glob("experiments/*.py")]
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(launcher, arguments) of every command in some lines; variables like $C are filled in."""
+    """(launcher, arguments) of every command in some lines; arrays like "${C[@]}" are filled in."""
     text = text.replace("\\\n", " ")
-    variables = {
-        name: " ".join(value.split()) for name, value in re.findall(r"\b([A-Z])=\"([^\"]*)\"", text)
+    arrays = {
+        name: " ".join(value.split()) for name, value in re.findall(r"\b([A-Z])=\(([^)]*)\)", text)
     }
     found = []
     for launcher, rest in re.findall(r"python -m experiments\.(\w+)([^\n]*)", text):
-        for name, value in variables.items():
-            rest = rest.replace(f"${name}", value)
+        for name, value in arrays.items():
+            rest = rest.replace(f'"${{{name}[@]}}"', value)
         words = shlex.split(re.split(r"[|;]|&&| #", rest)[0])
         found.append((launcher, words))
     return found
