@@ -17,10 +17,10 @@ import tqdm
 from absl import flags
 
 from opt_deus_jax import launch
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.measured_process import run_measured
 from opt_deus_jax.reporting.tables import records_table, show
+from opt_deus_jax.whole_files import write_json
 
 launch.define_flags()
 _THREADS = flags.DEFINE_integer("threads", 2, "Cores that each may use.", lower_bound=1)

@@ -16,7 +16,6 @@ from absl import flags
 
 from experiments.oracles.pot_sinkhorn import time_pot
 from opt_deus_jax import launch
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.manifest import software_versions
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.models.model_config import read_model_config
@@ -25,6 +24,7 @@ from opt_deus_jax.reporting.measured_process import run_measured
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.transport.sinkhorn import solve_sinkhorn
 from opt_deus_jax.upscaling.fusion import transport_epsilon
+from opt_deus_jax.whole_files import write_json
 
 launch.define_flags()
 _GAPS = flags.DEFINE_list("gaps", ["15", "22"], "Gaps in which both solve.")

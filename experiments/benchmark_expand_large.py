@@ -13,7 +13,6 @@ import sys
 from absl import flags
 
 from opt_deus_jax import launch
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.manifest import software_versions
 from opt_deus_jax.checkpoints.opening import open_checkpoint, read_config_only
 from opt_deus_jax.models.params import named_tensors
@@ -26,6 +25,7 @@ from opt_deus_jax.reporting.large_expansion import (
 from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.upscaling.forecast import measure_speed
+from opt_deus_jax.whole_files import write_json
 
 launch.define_flags()
 _LAYERS = flags.DEFINE_integer("layers", None, "Depth of the base; as in its config.json.")

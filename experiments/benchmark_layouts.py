@@ -13,7 +13,6 @@ import numpy as np
 from absl import flags
 
 from opt_deus_jax import launch
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.opening import read_config_only
 from opt_deus_jax.models.accounting import count_costs
 from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
@@ -22,6 +21,7 @@ from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.training.timing import prepare_step, random_source, time_in_turns
 from opt_deus_jax.upscaling.layout import parents_of, plan_layout
+from opt_deus_jax.whole_files import write_json
 
 launch.define_flags()
 _LAYOUTS = flags.DEFINE_list("layouts", ["top", "middle", "bottom", "stack"], "What to time.")

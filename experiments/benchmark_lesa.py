@@ -18,7 +18,6 @@ import tqdm
 from absl import flags
 
 from opt_deus_jax import launch
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.manifest import software_versions
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.errors import UserError
@@ -26,6 +25,7 @@ from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.upscaling import lesa
+from opt_deus_jax.whole_files import write_json
 
 launch.define_flags(needs_workdir=False)
 _LAYERS = flags.DEFINE_list("layers", ["7", "15", "23"], "Base layers to leave out, one by one.")

@@ -17,13 +17,13 @@ from pathlib import Path
 from absl import flags
 
 from opt_deus_jax import launch
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.config import Experiment
 from opt_deus_jax.data.records import first_batches, load_records
 from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.reporting.turns import compare, take_turns
+from opt_deus_jax.whole_files import write_json
 
 launch.define_flags()
 _SHAPES = flags.DEFINE_list("shapes", ["4x256", "2x512"], "Batches: sequences x tokens.")

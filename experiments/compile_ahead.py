@@ -6,7 +6,6 @@ Exits with status 1 and the number of bytes that are missing where it does not f
 --output=FILE the figures are also written as JSON.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from opt_deus_jax.reporting.tables import show
 from opt_deus_jax.training.ahead import lower_train_step
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.methods import layer_parents, plan_layers, resolve_method
+from opt_deus_jax.whole_files import write_json
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, such as v5p:4x4x4.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "File that gets the figures as JSON.")
@@ -62,7 +62,7 @@ def main() -> None:
     )
     show(report_table(report, f"{experiment.base}, {len(layers)} layers, on {topology.name}"))
     if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(json.dumps(as_json(report), indent=2) + "\n")
+        write_json(Path(_OUTPUT.value), as_json(report))
     if report.missing_bytes:
         raise does_not_fit(topology, report.missing_bytes)
 

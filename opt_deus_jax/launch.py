@@ -10,9 +10,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.config import Experiment, validate
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.whole_files import write_json
 
 CONFIG_FILE = "config.json"
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from opt_deus_jax.checkpoints.source import CheckpointSource, TensorInfo
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.whole_files import write_json
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -281,13 +282,6 @@ def write_weights(
     for shard in shards:
         write_shard(directory, shard, read)
     write_index(directory, shards)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON with a final newline; the file is the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
 def check_room(directory: Path, num_bytes: int, held: int = 0) -> None:

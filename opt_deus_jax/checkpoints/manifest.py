@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.whole_files import write_json
 
 FILE_NAME = "upscale_manifest.json"
 FORMAT_VERSION = 1

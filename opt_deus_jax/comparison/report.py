@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from opt_deus_jax.checkpoints.hf import write_json
 from opt_deus_jax.comparison import summary as statistics
 from opt_deus_jax.comparison.finished import SUMMARY, FinishedRun, read_runs
 from opt_deus_jax.comparison.published import published_curves, published_name, read_published
@@ -19,6 +18,7 @@ from opt_deus_jax.reporting.drawing import Curve
 from opt_deus_jax.reporting.plots import save
 from opt_deus_jax.reporting.published_plots import published_beside_ours
 from opt_deus_jax.reporting.tables import records_table
+from opt_deus_jax.whole_files import write_json
 
 # That many contenders get a colour in pictures; the others are grey.
 _HIGHLIGHTED = 6

@@ -45,6 +45,7 @@ from opt_deus_jax.training.weights import load_params
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.methods import resolve_method
 from opt_deus_jax.upscaling.probe import probe_tokens
+from opt_deus_jax.whole_files import write_json
 
 Say = Callable[[str], None]
 # In the folder of an exported model: which run left it.
@@ -241,9 +242,7 @@ def _export(setting: Setting, run: Run, folder: Path) -> None:
         folder,
         max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
     )
-    partial = folder.parent / f"{folder.name}.partial"
-    partial.write_text(json.dumps(_made_as(setting, run), indent=2) + "\n")
-    partial.rename(folder / _MADE_AS)
+    write_json(folder / _MADE_AS, _made_as(setting, run))
 
 
 def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:

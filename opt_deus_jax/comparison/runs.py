@@ -10,6 +10,7 @@ from typing import Any, Literal
 from opt_deus_jax.config import Comparison, Contender, Experiment, UpscaleConfig, validate
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.upscaling.methods import resolve_method
+from opt_deus_jax.whole_files import write_text
 
 # Held-out losses are taken after each fifth of the tokens.
 EVALUATIONS = 5
@@ -216,8 +217,7 @@ def write_result(folder: Path, run: Run, result: Mapping[str, Any]) -> Path:
     """Writes what came of a run; a file is there only when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run.name}.json"
-    partial = path.with_suffix(".partial")
     # A line a field: the curves are long, and differences stay readable.
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    return partial.rename(path)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    return path

@@ -8,6 +8,7 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable
 
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.whole_files import write_text
 
 
 def write_results(folder: Path, name: str, results: Mapping[str, Any]) -> Path:
@@ -30,9 +31,9 @@ def write_results(folder: Path, name: str, results: Mapping[str, Any]) -> Path:
         return text + "\n"
 
     for task, rows in results.get("samples", {}).items():
-        (folder / f"{name}_samples_{task}.jsonl").write_text("".join(map(dump, rows)))
+        write_text(folder / f"{name}_samples_{task}.jsonl", "".join(map(dump, rows)))
     path = folder / f"{name}.json"
-    path.write_text(dump({key: results[key] for key in results if key != "samples"}, 2))
+    write_text(path, dump({key: results[key] for key in results if key != "samples"}, 2))
     return path
 
 

@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from opt_deus_jax.checkpoints.hf import write_json, write_weights
+from opt_deus_jax.checkpoints.hf import write_weights
 from opt_deus_jax.checkpoints.journal import count_written
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
@@ -21,6 +21,7 @@ from opt_deus_jax.reporting.measured_process import Measured, run_measured
 from opt_deus_jax.upscaling.alignment import align
 from opt_deus_jax.upscaling.forecast import Speed
 from opt_deus_jax.upscaling.fusion import transport_epsilon
+from opt_deus_jax.whole_files import write_json
 
 # Of the size that weights of Llama have.
 _SIGMA = 0.02

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from opt_deus_jax.checkpoints.fused import fuse
-from opt_deus_jax.checkpoints.hf import create_directory, write_json, write_weights
+from opt_deus_jax.checkpoints.hf import create_directory, write_weights
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.checkpoints.saved_step import NOT_READ, SavedStep, find_step, load_some
 from opt_deus_jax.checkpoints.source import CheckpointSource
@@ -22,6 +22,7 @@ from opt_deus_jax.training.segments import (
     trained_mask,
 )
 from opt_deus_jax.training.weights import hf_names, is_names
+from opt_deus_jax.whole_files import write_json
 
 
 @dataclasses.dataclass(frozen=True)

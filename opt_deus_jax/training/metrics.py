@@ -19,6 +19,7 @@ from tqdm import tqdm
 from opt_deus_jax.distributed.device_facts import peak_flops
 from opt_deus_jax.errors import DivergedError
 from opt_deus_jax.models.language_model import Params
+from opt_deus_jax.whole_files import write_text
 
 WriteMetrics = Callable[[int, Mapping[str, float]], None]
 
@@ -41,9 +42,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def _drop_later(path: Path, last_step: int) -> None:
     kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 @contextlib.contextmanager

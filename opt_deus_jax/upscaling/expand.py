@@ -14,7 +14,6 @@ from opt_deus_jax.checkpoints.hf import (
     open_hf_directory,
     plan_shards,
     write_index,
-    write_json,
     write_shard,
 )
 from opt_deus_jax.checkpoints.journal import (
@@ -38,6 +37,7 @@ from opt_deus_jax.upscaling.learned import Learned, News, learned_from
 from opt_deus_jax.upscaling.lesa import PredictorReport
 from opt_deus_jax.upscaling.provenance import expansion_manifest, made_from, model_card
 from opt_deus_jax.upscaling.shares import share_out
+from opt_deus_jax.whole_files import write_json
 
 Draw = Callable[[Path, Mapping[str, MapPicture], dict[int, tuple[MatrixReport, ...]]], None]
 

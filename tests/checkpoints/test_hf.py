@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from opt_deus_jax.checkpoints import hf
 from opt_deus_jax.checkpoints.source import TensorInfo
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.whole_files import write_json
 from tests.llama_checkpoints import hf_config, load_directory, random_tensors, write_directory
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
@@ -28,7 +29,7 @@ def mixed_tensors():
 def write_back(directory, source, max_shard_bytes):
     directory.mkdir()
     hf.write_weights(directory, source.tensors.items(), source.read, max_shard_bytes)
-    hf.write_json(directory / "config.json", source.hf_config)
+    write_json(directory / "config.json", source.hf_config)
 
 
 def assert_same_tensors(source, tensors):
