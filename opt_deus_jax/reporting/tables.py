@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from opt_deus_jax.upscaling.forecast import Forecast, Speed, forecast_seconds
 from opt_deus_jax.upscaling.identity import IdentityReport
 from opt_deus_jax.upscaling.layout import LayerOrigin
 from opt_deus_jax.upscaling.lesa import PredictorReport
+
+_FILE_COLUMNS = 120
 
 
 def _kind(kind: LayerKind) -> str:
@@ -164,7 +168,8 @@ def expansion_report(expansion: Expansion, picture: Path) -> list[Table | str]:
 
 
 def show(*items: Table | str) -> None:
-    """Prints tables and lines."""
-    console = Console(highlight=False)
+    """Prints tables and lines; into a file or pipe in lines that hold the widest table."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _FILE_COLUMNS
+    console = Console(highlight=False, width=width)
     for item in items:
         console.print(item, soft_wrap=isinstance(item, str), markup=not isinstance(item, str))
