@@ -85,11 +85,13 @@ def _draw_curves(
     looks: Mapping[str, Style],
     named: Sequence[str],
 ) -> None:
-    """Lines with bands; limits leave out curves that are far from the others."""
+    """Lines with bands; limits leave out what is far, and curves that end far from the others."""
     means = {name: y_RS.mean(axis=0) for name, (_, y_RS) in curves.items()}
     is_long = max(float(x_S[-1]) for x_S, _ in curves.values()) >= 1e6
     unit, unit_name = (1e6, "millions") if is_long else (1e3, "thousands")
-    extents = [float(value) for mean in means.values() for value in mean]
+    low, high = robust_limits([float(mean[-1]) for mean in means.values()])
+    near = [name for name, mean in means.items() if low <= mean[-1] <= high]
+    extents = [float(value) for name in near for value in means[name]]
     for name, (x_S, y_RS) in curves.items():
         look, mean_S, tokens_S = looks[name], means[name], x_S / unit
         marker, width, order = (look.marker, 1.6, 3) if look.front else (None, 1.0, 2)
@@ -99,7 +101,7 @@ def _draw_curves(
             error_S = np.std(y_RS, axis=0, ddof=1) / math.sqrt(len(y_RS))
             band = mean_S - error_S, mean_S + error_S
             axis.fill_between(tokens_S, *band, color=look.colour, alpha=0.2, linewidth=0)
-            extents += [float(value) for edge in band for value in edge]
+            extents += [float(value) for edge in band for value in edge if name in near]
     axis.set_ylim(*robust_limits(extents))
     axis.margins(x=0.01)
     axis.set_xlabel(f"training tokens, {unit_name}")

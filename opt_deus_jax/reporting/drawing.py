@@ -193,7 +193,7 @@ def _draw_far(axis: Axes, y: int, value: float, limits: tuple[float, float], col
     place = limits[0] if left else limits[1]
     axis.plot([place], [y], "<" if left else ">", color=colour, markersize=5, clip_on=False)
     axis.annotate(
-        f"{value:.3g}" if math.isfinite(value) else "diverged",
+        f"{value:.4g}" if math.isfinite(value) else "diverged",
         xy=(place, y),
         xytext=(7 if left else -7, 0),
         textcoords="offset points",
