@@ -15,11 +15,11 @@ tuning all parameters of such models, 2048 is the length of their pre-training.
 Weights, gradients and moments of all parameters take 16 bytes each: 28 GB for Llama 1B + 8, 184 GB
 for 8B + 16, to be shared out by --config.mesh.
 
-    C="--config=configs/fine_tune.py:llama --config.base=runs/1b/exported --workdir=runs/1b_tuned
-       --config.data.train=alpaca_gpt4_data.json"
-    python -m experiments.expand $C
-    python -m experiments.prepare_data $C
-    python -m experiments.train $C
+    C=(--config=configs/fine_tune.py:llama --config.base=runs/1b/exported --workdir=runs/1b_tuned
+       --config.data.train=alpaca_gpt4_data.json)
+    python -m experiments.expand "${C[@]}"
+    python -m experiments.prepare_data "${C[@]}"
+    python -m experiments.train "${C[@]}"
 """
 
 from configs.smollm2_135m import smollm2_base
