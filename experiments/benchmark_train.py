@@ -1,9 +1,8 @@
 r"""Trains the new layers side by side with transformers and torch: tokens a second, peak memory.
 
 python -m experiments.benchmark_train --config=configs/smollm2_135m.py --workdir=runs/speed
-Both see the same weights, records and AdamW (at a constant rate) in float32, and take steps in
-turn, each in a process of its own; the first step is warm-up. Needs the extra `test`. Makes
-WORKDIR/expanded and records where they are missing; writes WORKDIR/benchmark_train.json.
+Both see the same weights, records and AdamW (at a constant rate) in float32, and take turns, each
+in a process of its own; the first step is warm-up. Needs the extra `test`. Makes what WORKDIR lacks.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ from opt_deus_jax import launch
 from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.config import Experiment
 from opt_deus_jax.data.records import first_batches, load_records
+from opt_deus_jax.errors import UserError
 from opt_deus_jax.reporting.machine import machine
 from opt_deus_jax.reporting.tables import records_table, show
 from opt_deus_jax.reporting.turns import compare, take_turns
@@ -57,7 +57,8 @@ def main() -> None:
     for launcher, folder in (("expand", "expanded"), ("prepare_data", "records")):
         if not (workdir / folder).exists():
             command = [sys.executable, "-m", f"experiments.{launcher}", *arguments]
-            subprocess.run(command, check=True)
+            if subprocess.run(command, check=False).returncode:
+                raise UserError(f"experiments.{launcher} failed, see above; mend it")
     ours = [sys.executable, "-m", "experiments.serve_steps", *arguments]
     commands = _commands(experiment, workdir, ours)
     text, result = load_records(workdir / "records", "train").tokens, {}

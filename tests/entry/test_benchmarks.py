@@ -14,7 +14,7 @@ from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import named_tensors
 from opt_deus_jax.reporting.turns import Taken, compare, take_turns
 from opt_deus_jax.upscaling.lesa import MATRICES
-from tests.entry.launching import fail, succeed
+from tests.entry.launching import fail, launch, succeed
 
 _CONFIG = "--config=tests/entry/tiny_config.py"
 
@@ -44,6 +44,18 @@ def test_both_trainers_do_the_same_work(base: Path, tmp_path: Path) -> None:
     assert ours["peak_gib"] > 0.05
     assert theirs["memory_ratio"] == pytest.approx(ours["peak_gib"] / theirs["peak_gib"])
     assert "5 steps of 99 take 495" in fail(*command, "--shapes=2x16,99x16")
+
+
+def test_a_stage_that_fails_ends_the_benchmark_without_a_traceback(
+    base: Path, tmp_path: Path
+) -> None:
+    missing = f"--config.data.train={tmp_path / 'missing.jsonl'}"
+    arguments = (_CONFIG, f"--config.base={base}", missing, f"--workdir={tmp_path / 'run'}")
+    result = launch("benchmark_train", *arguments)
+    assert result.returncode == 1
+    assert "missing.jsonl" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: experiments.prepare_data failed")
 
 
 def test_layouts_are_timed_and_counted(base: Path, tmp_path: Path) -> None:
