@@ -2,7 +2,7 @@ r"""Trains the new layers side by side with transformers and torch: tokens a sec
 
 python -m experiments.benchmark_train --config=configs/smollm2_135m.py --workdir=runs/speed
 Both see the same weights, records and AdamW (at a constant rate) in float32, and take turns, each
-in a process of its own; the first step is warm-up. Needs the extra `test`. Makes what WORKDIR lacks.
+in a process of its own; the first step is warm-up. Needs the extra `test`. Makes what is missing.
 """
 
 import dataclasses
