@@ -1,8 +1,9 @@
 r"""Trains the new layers side by side with transformers and torch: tokens a second, peak memory.
 
 python -m experiments.benchmark_train --config=configs/smollm2_135m.py --workdir=runs/speed
-Both see the same weights, records and AdamW (at a constant rate) in float32, and take turns, each
-in a process of its own; the first step is warm-up. Needs the extra `test`. Makes what is missing.
+Both see the same weights, records and AdamW (at a constant rate) in float32, and take steps in
+turn, each in a process of its own; the first step is warm-up. Needs the extra `test`. Makes
+WORKDIR/expanded and records where they are missing; writes WORKDIR/benchmark_train.json.
 """
 
 import dataclasses
@@ -61,8 +62,7 @@ def main() -> None:
                 raise UserError(f"experiments.{launcher} failed, see above; mend it")
     ours = [sys.executable, "-m", "experiments.serve_steps", *arguments]
     commands = _commands(experiment, workdir, ours)
-    text, result = load_records(workdir / "records", "train").tokens, {}
-    batches = {}
+    text, result, batches = load_records(workdir / "records", "train").tokens, {}, {}
     for shape in _SHAPES.value:
         rows, length = map(int, shape.split("x"))
         batches[shape] = first_batches(text, rows, length, _STEPS.value + 1)

@@ -168,7 +168,7 @@ def expansion_report(expansion: Expansion, picture: Path) -> list[Table | str]:
 
 
 def show(*items: Table | str) -> None:
-    """Prints tables and lines; into a file or pipe in lines that hold the widest table."""
+    """Prints tables and lines; into a file or pipe in lines of 120 characters."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _FILE_COLUMNS
     console = Console(highlight=False, width=width)
     for item in items:

@@ -1,9 +1,11 @@
 import io
 
+import pytest
 from rich.console import Console
+from rich.table import Table
 
 from opt_deus_jax.models.layer_kinds import LayerKind
-from opt_deus_jax.reporting.tables import layer_table
+from opt_deus_jax.reporting.tables import layer_table, show
 from opt_deus_jax.upscaling.layout import plan_layout
 
 
@@ -21,3 +23,11 @@ def test_layers_of_several_kinds_are_told_apart():
     ):
         assert expected in row
     assert "A = 0, B = 1" in rows[1]
+
+
+def test_a_wide_table_is_not_wrapped_in_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show(Table("x" * 110))
+    assert "x" * 110 in capsys.readouterr().out
