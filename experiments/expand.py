@@ -18,10 +18,10 @@ from opt_deus_jax.config import Experiment
 from opt_deus_jax.distributed import processes
 from opt_deus_jax.distributed.team import Team, whole_program
 from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
-from opt_deus_jax.reporting.tables import expansion_report, forecast_line, show
+from opt_deus_jax.reporting.tables import expansion_report, show
 from opt_deus_jax.training.segments import select_trained
 from opt_deus_jax.upscaling.expand import expand_checkpoint
-from opt_deus_jax.upscaling.forecast import check_memory, forecast_plan, measure_speed
+from opt_deus_jax.upscaling.forecast import check_memory, forecast_line, forecast_plan
 from opt_deus_jax.upscaling.grown_tensors import grown_config, plan_expansion
 from opt_deus_jax.upscaling.lookahead import fusing_devices
 from opt_deus_jax.upscaling.probe import probe_tokens
@@ -40,7 +40,7 @@ def prepare(experiment: Experiment, team: Team, processes_here: int, tell: Any) 
     # What cannot be trained is better known before the work than after it.
     select_trained(grown_config(source, plan), plan.is_new, plan.method.trained)
     expected = forecast_plan(source, plan, gaps_at_once=len(devices), processes=team.count)
-    tell(forecast_line(expected, measure_speed(), experiment.max_shard_bytes))
+    tell(forecast_line(expected, experiment.max_shard_bytes))
     check_memory(expected, experiment.upscale, processes_here)
     return source, devices, probe_tokens(source), len(plan.layers)
 

@@ -15,9 +15,9 @@ from opt_deus_jax.models.accounting import count_costs
 from opt_deus_jax.models.model_config import grown_hf_config, read_model_config
 from opt_deus_jax.reporting.layout_picture import draw_layout
 from opt_deus_jax.reporting.plots import save
-from opt_deus_jax.reporting.tables import costs_table, forecast_line, layer_table, show
+from opt_deus_jax.reporting.tables import costs_table, layer_table, show
 from opt_deus_jax.training.segments import select_trained
-from opt_deus_jax.upscaling.forecast import forecast, measure_speed, stored_itemsize
+from opt_deus_jax.upscaling.forecast import forecast, forecast_line, stored_itemsize
 from opt_deus_jax.upscaling.methods import layer_parents, plan_layers, resolve_method
 
 _PICTURE = flags.DEFINE_string("picture", "", "PNG to draw the layout to; empty draws none.")
@@ -61,7 +61,6 @@ def main() -> None:
         costs_table(costs, f"Costs at {experiment.data.sequence_length} tokens a sequence"),
         forecast_line(
             forecast(model, upscale, method, layers, stored_itemsize(hf_config)),
-            measure_speed(),
             experiment.max_shard_bytes,
         ),
     )

@@ -1,14 +1,51 @@
 """Real processes over loopback, each of which runs a function as one of a program."""
 
+import atexit
+import functools
+import multiprocessing
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 import jax
+import pytest
 from absl import flags
 
 from opt_deus_jax.distributed.processes import start_processes
+
+_PRELOADED = (
+    "tests.training.test_kills",
+    "tests.training.test_processes",
+    "tests.upscaling.expanding_process",
+    # What launchers import; their own modules define flags, which each run must do itself.
+    "opt_deus_jax.comparison.report",
+    "opt_deus_jax.comparison.running",
+    "opt_deus_jax.evaluation.lm_eval_model",
+)
+
+
+@functools.cache
+def forks() -> Any:
+    """Starts processes as forks of one that has imported JAX but not used it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    compiled = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    # Forks have the environment in which their server was started; no other test may see it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        patch.setenv("JAX_NUM_CPU_DEVICES", str(len(jax.devices())))
+        patch.setenv("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", compiled)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        forkserver.ensure_running()
+    return context
 
 
 def join(address: str, count: int, index: int) -> None:

@@ -1,18 +1,22 @@
 """Eight fake CPU devices; implicit rank promotion is an error."""
 
-import multiprocessing
 import os
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 # transformers warns about a missing torchvision or accelerate only through logging.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tests compile much and compute little.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Tests compile much and compute little: nine tenths of their time is the compiler's.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 
 import jax
 import pytest
+
+from tests.children import forks
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -35,23 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def children(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def children() -> Any:
     """Starts processes as forks of one that has imported JAX but not used it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "tests.training.test_kills",
-            "tests.training.test_processes",
-            "tests.upscaling.expanding_process",
-        ]
-    )
-    # Forks have the environment in which their server was started; no other test may see it.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        patch.setenv("JAX_PLATFORMS", "cpu")
-        patch.setenv("JAX_NUM_CPU_DEVICES", str(len(jax.devices())))
-        patch.setenv("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        forkserver.ensure_running()
-    return context
+    return forks()

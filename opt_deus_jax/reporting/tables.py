@@ -1,24 +1,27 @@
 """Tables on the screen."""
 
+from __future__ import annotations
+
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from opt_deus_jax.models.accounting import Costs
-from opt_deus_jax.models.layer_kinds import LayerKind
-from opt_deus_jax.transport.diagnostics import MatrixReport
-from opt_deus_jax.upscaling.expand import Expansion
-from opt_deus_jax.upscaling.forecast import Forecast, Speed, forecast_seconds
-from opt_deus_jax.upscaling.identity import IdentityReport
-from opt_deus_jax.upscaling.layout import LayerOrigin
-from opt_deus_jax.upscaling.lesa import PredictorReport
+# Every launcher shows something; few solve what makes ott load, which takes as long as all else.
+if TYPE_CHECKING:
+    from opt_deus_jax.models.accounting import Costs
+    from opt_deus_jax.models.layer_kinds import LayerKind
+    from opt_deus_jax.transport.diagnostics import MatrixReport
+    from opt_deus_jax.upscaling.expand import Expansion
+    from opt_deus_jax.upscaling.identity import IdentityReport
+    from opt_deus_jax.upscaling.layout import LayerOrigin
+    from opt_deus_jax.upscaling.lesa import PredictorReport
 
 _FILE_COLUMNS = 120
 
@@ -75,18 +78,6 @@ def costs_table(costs: Costs, title: str) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def forecast_line(made: Forecast, speed: Speed, max_shard_bytes: int) -> str:
-    """One sentence about what an expansion takes; shards are never larger, so there may be more."""
-    seconds = forecast_seconds(made, speed)
-    files = math.ceil(made.disk_bytes / max_shard_bytes)
-    shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    return (
-        f"expansion: about {made.memory_bytes / 2**30:.1f} GiB of memory ({made.peak}), "
-        f"{made.disk_bytes / 2**30:.1f} GiB of disk in {files} or more files, {shown} here, at "
-        f"{speed.flops / 1e9:.0f} GFLOP/s and {speed.table_bytes / 1e9:.0f} GB/s"
-    )
 
 
 def diagnostics_table(reports: Mapping[int, Sequence[MatrixReport]]) -> Table:

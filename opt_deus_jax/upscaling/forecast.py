@@ -281,6 +281,21 @@ def forecast_seconds(made: Forecast, speed: Speed) -> float:
     return fusion + proof + made.moved_bytes / _DISK_BYTES_PER_SECOND
 
 
+def forecast_line(made: Forecast, max_shard_bytes: int) -> str:
+    """One sentence about what an expansion takes at the speed that this machine is measured at.
+
+    Shards are never larger than `max_shard_bytes`, so there may be more files than it says.
+    """
+    seconds = forecast_seconds(made, speed := measure_speed())
+    files = math.ceil(made.disk_bytes / max_shard_bytes)
+    shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return (
+        f"expansion: about {made.memory_bytes / 2**30:.1f} GiB of memory ({made.peak}), "
+        f"{made.disk_bytes / 2**30:.1f} GiB of disk in {files} or more files, {shown} here, at "
+        f"{speed.flops / 1e9:.0f} GFLOP/s and {speed.table_bytes / 1e9:.0f} GB/s"
+    )
+
+
 def check_memory(made: Forecast, upscale: UpscaleConfig, processes_here: int = 1) -> None:
     """Refuses an expansion that this machine, or its control group, has no memory for.
 

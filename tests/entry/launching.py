@@ -1,12 +1,19 @@
-"""Runs launchers as a user does."""
+"""Runs launchers as a user does, most of them in forks that have imported what they need."""
 
+import atexit
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+
+from tests.children import forks
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tests/entry/tiny_config.py"
@@ -21,33 +28,60 @@ def _command(launcher: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", f"experiments.{launcher}", *map(str, arguments)]
 
 
+def _run_here(command: list[str], variables: dict[str, str], outputs: tuple[Path, Path]) -> None:
+    """Does in a fork what `python -m experiments.LAUNCHER` does in a new process."""
+    for stream, path in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(variables)
+    jax.config.update("jax_num_cpu_devices", -1)
+    _, _, module, *arguments = command
+    sys.argv = ["", *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()
+
+
+def begin(launcher: str, *arguments: object, outputs: tuple[Path, Path]) -> Any:
+    """Starts a launcher in a fork, which writes its stdout and stderr into two files."""
+    command = _command(launcher, *arguments)
+    process = forks().Process(target=_run_here, args=(command, environment(), outputs))
+    process.start()
+    return process
+
+
+def _ended(process: Any, outputs: tuple[Path, Path]) -> subprocess.CompletedProcess[str]:
+    process.join()
+    shown, errors = (path.read_text() for path in outputs)
+    return subprocess.CompletedProcess(process.name, process.exitcode, shown, errors)
+
+
 def launch_together(
-    launcher: str, count: int, *arguments: object
+    launcher: str, count: int, *arguments: object, of_first: tuple[str, ...] = ()
 ) -> list[subprocess.CompletedProcess[str]]:
     """Starts a launcher in each of several processes that are one program."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         together = (f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--num_processes={count}")
-    started = [
-        subprocess.Popen(
-            _command(launcher, *arguments, *together, f"--process_id={index}"),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    # What each writes is short, so that none waits for its pipe to be read.
-    outputs = [process.communicate() for process in started]
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *output)
-        for process, output in zip(started, outputs, strict=True)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for index in range(count):
+            outputs = (Path(folder) / f"stdout{index}", Path(folder) / f"stderr{index}")
+            own = (*together, f"--process_id={index}", *(of_first if index == 0 else ()))
+            started.append((begin(launcher, *arguments, *own, outputs=outputs), outputs))
+        return [_ended(*process) for process in started]
 
 
 def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = (Path(folder) / "stdout", Path(folder) / "stderr")
+        return _ended(begin(launcher, *arguments, outputs=outputs), outputs)
+
+
+def launch_anew(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """In a process that imports everything itself."""
     return subprocess.run(
         _command(launcher, *arguments),
         cwd=ROOT,
@@ -64,14 +98,18 @@ def succeed(launcher: str, *arguments: object) -> str:
     return result.stdout
 
 
-def fail(launcher: str, *arguments: object) -> str:
-    """Runs a launcher that must end with one line of error, which is returned."""
-    result = launch(launcher, *arguments)
+def error_of(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of error with which a launcher ended."""
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def fail(launcher: str, *arguments: object) -> str:
+    """Runs a launcher that must end with one line of error, which is returned."""
+    return error_of(launch(launcher, *arguments))
 
 
 def sentence(seed: int, words: int) -> str:

@@ -1,16 +1,15 @@
 """The launcher that compares, as a user runs it: interrupted, resumed, and refusing."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.entry.launching import ROOT, environment, fail, succeed
+from tests.entry.launching import begin, fail, succeed
 from tests.evaluation.questions import write_questions
 
 # What depends on the clock.
@@ -32,14 +31,13 @@ def arguments(base: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
 def workdir(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """After a comparison that was killed once."""
     directory = tmp_path_factory.mktemp("compare")
-    command = [sys.executable, "-m", "experiments.compare", *arguments, f"--workdir={directory}"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        while not list(directory.glob("results/*.json")):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.kill()
+    outputs = (Path(os.devnull), Path(os.devnull))
+    process = begin("compare", *arguments, f"--workdir={directory}", outputs=outputs)
+    while not list(directory.glob("results/*.json")):
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.kill()
+    process.join()
     made = {path: path.stat().st_mtime_ns for path in directory.glob("results/*.json")}
     assert 0 < len(made) < 6
     assert "copy_next" in succeed("compare", *arguments, f"--workdir={directory}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints.test_gguf import shapes, write_gguf
-from tests.entry.launching import CONFIG, fail, sentence, succeed
+from tests.entry.launching import CONFIG, error_of, fail, launch_anew, sentence, succeed
 from tests.evaluation.questions import write_questions
 
 
@@ -85,8 +85,8 @@ def test_without_lm_eval_the_extra_is_named(
     (tmp_path / "lm_eval").mkdir()
     (tmp_path / "lm_eval" / "__init__.py").write_text("raise ImportError('not installed')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    error = fail("evaluate", *_arguments(base, tmp_path, questions), "--model=base")
-    assert "opt_deus_jax[eval]" in error
+    result = launch_anew("evaluate", *_arguments(base, tmp_path, questions), "--model=base")
+    assert "opt_deus_jax[eval]" in error_of(result)
 
 
 def test_the_hf_backend_agrees_and_both_are_timed(questions: Path, tmp_path: Path) -> None:

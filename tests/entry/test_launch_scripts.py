@@ -5,10 +5,11 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.entry.launching import launch
 
 _ROOT = Path(__file__).parents[2]
 _SCRIPTS = sorted((_ROOT / "experiments" / "launch").glob("*.sh"))
@@ -64,14 +65,7 @@ def test_a_setting_that_is_missing_is_named(script: Path) -> None:
 
 @functools.cache
 def _help(module: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", "--help"],
-        cwd=_ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
+    return launch(module, "--help").stdout
 
 
 @pytest.mark.parametrize("script", _SCRIPTS, ids=lambda script: script.name)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from opt_deus_jax.checkpoints.manifest import read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.config import Comparison, Experiment
 from opt_deus_jax.upscaling.identity import streamed_logits
-from tests.entry.launching import CONFIG, ROOT, fail, launch, launch_together, succeed
+from tests.entry.launching import CONFIG, ROOT, environment, fail, launch, launch_together, succeed
 
 
 def test_plan_shows_layout_and_costs(flags: list[str]) -> None:
@@ -252,3 +254,12 @@ def test_demo_runs_every_stage(base: Path, text: Path, tmp_path: Path) -> None:
     assert "bit for bit" in shown
     assert "after 16 steps" in shown
     assert (tmp_path / "demo/exported/model.safetensors").exists()
+
+
+def test_what_solves_no_transport_imports_no_solver() -> None:
+    """Launchers would otherwise take seconds longer to start."""
+    for launcher in ("train", "evaluate"):
+        code = f"import experiments.{launcher}, sys; print(*sys.modules)"
+        command = [sys.executable, "-c", code]
+        imported = subprocess.check_output(command, cwd=ROOT, env=environment(), text=True)
+        assert not {"ott", "torch", "lm_eval"} & set(imported.split())

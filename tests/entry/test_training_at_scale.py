@@ -2,16 +2,13 @@
 
 import json
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.training.metrics import read_metrics
-from tests.entry.launching import ROOT, environment, fail, launch, sentence, succeed
+from tests.entry.launching import fail, launch, launch_together, sentence, succeed
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +68,10 @@ def test_two_processes_train_what_one_does(
     flags: list[str], copied: Path, workdir: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(copied, tmp_path / "run")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "experiments.train", *flags[:-1]]
-    command += [f"--workdir={tmp_path / 'run'}", f"--coordinator={address}", "--num_processes=2"]
-    processes = [
-        subprocess.Popen(
-            [*command, f"--process_id={index}", *["--profile=3"] * (index == 0)],
-            cwd=ROOT,
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    arguments = (*flags[:-1], f"--workdir={tmp_path / 'run'}")
+    results = launch_together("train", 2, *arguments, of_first=("--profile=3",))
+    errors = "\n".join(result.stderr for result in results)
+    assert [result.returncode for result in results] == [0, 0], errors
     alone, together = (
         [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
         for folder in (workdir, tmp_path / "run")
