@@ -21,6 +21,7 @@ _OVERRIDES = flags.DEFINE_multi_string(
     "set", [], "Passed on to each launcher, as in --set=--config.training.steps=10."
 )
 _CONFIG = "configs/smollm2_135m.py:demo"
+_BASE = "--config.base="
 _PROMPT = "Returns the eigenvalues of"
 
 
@@ -36,12 +37,14 @@ def main() -> None:
     workdir = _WORKDIR.value
     exported = Path(workdir) / "exported"
     config, where = f"--config={_CONFIG}", f"--workdir={workdir}"
+    given = [o.removeprefix(_BASE) for o in _OVERRIDES.value if o.startswith(_BASE)]
+    *_, base = smollm2_base(), *given
     _run("plan", config, *_OVERRIDES.value)
     for launcher in ("expand", "prepare_data", "train"):
         _run(launcher, config, where, *_OVERRIDES.value)
     if not exported.exists():
         _run("export", config, where, *_OVERRIDES.value)
-    _run("sample", f"--model={smollm2_base()}", f"--model={exported}", f"--prompt={_PROMPT}")
+    _run("sample", f"--model={base}", f"--model={exported}", f"--prompt={_PROMPT}")
     show(
         f"\nEverything lies in {workdir}:",
         "  expanded/diagnostics.png  transport of the new layers",

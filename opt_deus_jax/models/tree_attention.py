@@ -78,6 +78,27 @@ def tree_attention(
     return attended_BCQKGH.reshape(batch, padded, num_heads, head_dim)[:, :length]
 
 
+# The highest score so far, and the sums of exp(score - highest) and of that times the values.
+_Softmax = tuple[Array, Array, Array]
+
+
+def _add_weighted(state: _Softmax, scores_BKGQS: Array, value_BKSH: Array) -> _Softmax:
+    """Takes more keys into a softmax whose maximum is not known yet."""
+    highest_BKGQ, mass_BKGQ, summed_BKGQH = state
+    higher_BKGQ = jnp.maximum(highest_BKGQ, jnp.max(scores_BKGQS, axis=-1))
+    weights_BKGQS = jnp.exp(scores_BKGQS - higher_BKGQ[..., None])
+    kept_BKGQ = jnp.exp(highest_BKGQ - higher_BKGQ)
+    added_BKGQH = jnp.einsum(
+        "bkgqs,bksh->bkgqh",
+        weights_BKGQS.astype(value_BKSH.dtype),
+        value_BKSH,
+        precision=matmul_precision(value_BKSH.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    mass_BKGQ = mass_BKGQ * kept_BKGQ + jnp.sum(weights_BKGQS, axis=-1)
+    return higher_BKGQ, mass_BKGQ, summed_BKGQH * kept_BKGQ[..., None] + added_BKGQH
+
+
 def _attend_chunk(
     query_BKGQH: Array,
     start: Array,
@@ -97,10 +118,7 @@ def _attend_chunk(
     precision = matmul_precision(query_BKGQH.dtype)
     place_1Q1 = (start + jnp.arange(queries))[None, :, None]
 
-    def step(
-        keys: int, block: Array, state: tuple[Array, Array, Array]
-    ) -> tuple[Array, Array, Array]:
-        highest_BKGQ, mass_BKGQ, summed_BKGQH = state
+    def step(keys: int, block: Array, state: _Softmax) -> _Softmax:
         first = block * keys
         key, value = (
             jax.lax.dynamic_slice_in_dim(x, first, keys, axis=2) for x in (key_BKSH, value_BKSH)
@@ -120,18 +138,7 @@ def _attend_chunk(
         )
         scores_BKGQS = cap_softly(scores_BKGQS * scale, scoring.soft_cap)
         scores_BKGQS = jnp.where(allowed_BQS[:, None, None], scores_BKGQS, _HIDDEN)
-        higher_BKGQ = jnp.maximum(highest_BKGQ, jnp.max(scores_BKGQS, axis=-1))
-        weights_BKGQS = jnp.exp(scores_BKGQS - higher_BKGQ[..., None])
-        kept_BKGQ = jnp.exp(highest_BKGQ - higher_BKGQ)
-        added_BKGQH = jnp.einsum(
-            "bkgqs,bksh->bkgqh",
-            weights_BKGQS.astype(value.dtype),
-            value,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        mass_BKGQ = mass_BKGQ * kept_BKGQ + jnp.sum(weights_BKGQS, axis=-1)
-        return higher_BKGQ, mass_BKGQ, summed_BKGQH * kept_BKGQ[..., None] + added_BKGQH
+        return _add_weighted(state, scores_BKGQS, value)
 
     zeros_BKGQ = jnp.zeros(query_BKGQH.shape[:4], jnp.float32)
     state = (zeros_BKGQ + _HIDDEN, zeros_BKGQ, jnp.zeros(query_BKGQH.shape, jnp.float32))

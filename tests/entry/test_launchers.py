@@ -253,6 +253,8 @@ def test_demo_runs_every_stage(base: Path, text: Path, tmp_path: Path) -> None:
         assert f"$ python -m experiments.{launcher}" in shown
     assert "bit for bit" in shown
     assert "after 16 steps" in shown
+    # What the grown model continues is held against its own base.
+    assert f"--model={base}" in shown
     assert (tmp_path / "demo/exported/model.safetensors").exists()
 
 

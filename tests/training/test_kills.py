@@ -42,12 +42,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Train
     return workdir, run(workdir, settings(STEPS))
 
 
-def wait_until(is_true: Callable[[], bool], process: Any) -> None:
+def wait_until(is_true: Callable[[], bool], process: Any, every: float = 0.02) -> None:
     deadline = time.monotonic() + PATIENCE
     while not is_true():
         assert time.monotonic() < deadline
         assert process.is_alive()
-        time.sleep(0.001)
+        time.sleep(every)
 
 
 def is_saving(workdir: Path) -> bool:
@@ -69,7 +69,7 @@ def kill_one(children: Any, workdir: Path, number: int, draw: random.Random) -> 
     else:
         wait_until(lambda: last_step(workdir) >= wanted, process)
         if moment == "saving":
-            wait_until(lambda: is_saving(workdir), process)
+            wait_until(lambda: is_saving(workdir), process, every=0.001)
         time.sleep(draw.uniform(0, 0.03))
     was_saving = is_saving(workdir)
     process.kill()
