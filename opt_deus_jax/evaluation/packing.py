@@ -14,8 +14,8 @@ Tokens = tuple[int, ...]
 
 # Rows shorter than this would make many small matrix products.
 SHORTEST_ROW = 256
-# Above this, rows come in quarter steps: 1024, 1280, 1536, 1792, 2048, 2560, ...
-_QUARTER_STEPS_FROM = 1024
+# Above this, rows come in steps of an eighth: 1024, 1152, 1280, ..., 2048, 2304, ...
+_EIGHTH_STEPS_FROM = 1024
 # A neighbour that shares a smaller part than this is better placed wherever it fits.
 _WORTH_SHARING = 1 / 3
 
@@ -72,8 +72,8 @@ def row_length(tokens: int) -> int:
     """The length of the row that so many tokens need; few lengths mean few compiled programs."""
     length = SHORTEST_ROW
     while length < tokens:
-        if length >= _QUARTER_STEPS_FROM and 2 * length >= tokens:
-            step = length // 4
+        if length >= _EIGHTH_STEPS_FROM and 2 * length >= tokens:
+            step = length // 8
             return -(-tokens // step) * step
         length *= 2
     return length

@@ -60,22 +60,36 @@ def tree_attention(
     positions_BS = pad(positions_BT)
 
     starts_C = jnp.arange(0, padded, queries)
-    # Where the last token that sees any of a block of keys ends, over the whole batch.
-    ends_F = jnp.max(ends_BS.reshape(batch, -1, keys), axis=(0, 2))
-    first_C = jnp.argmax(ends_F[None] > starts_C[:, None], axis=1)
+    first_C, until_C = _blocks_seen(ends_BS, starts_C, queries, keys)
+    if scoring.window is not None:
+        until_C = first_C
 
-    def attend(chunk: tuple[Array, Array]) -> Array:
-        start, first = chunk
+    def attend(chunk: tuple[Array, Array, Array]) -> Array:
+        start, first, until = chunk
         query = jax.lax.dynamic_slice_in_dim(query_BKGTH, start, queries, axis=3)
         return _attend_chunk(
-            *(query, start, first, key_BKSH, value_BKSH, ends_BS, positions_BS),
+            *(query, start, first, until, key_BKSH, value_BKSH, ends_BS, positions_BS),
             keys=keys,
             scoring=scoring,
         )
 
-    attended_CBKGQH = jax.lax.map(attend, (starts_C, first_C))
+    attended_CBKGQH = jax.lax.map(attend, (starts_C, first_C, until_C))
     attended_BCQKGH = attended_CBKGQH.transpose(1, 0, 4, 2, 3, 5)
     return attended_BCQKGH.reshape(batch, padded, num_heads, head_dim)[:, :length]
+
+
+def _blocks_seen(ends_BS: Array, starts_C: Array, queries: int, keys: int) -> tuple[Array, Array]:
+    """For each chunk of queries: the first block that any sees, and up to which all see all.
+
+    Keys after a query are not thought of. All see all in a row of one text, else in what its
+    sequences have in common.
+    """
+    ends_FBS = ends_BS.reshape(len(ends_BS), -1, keys).swapaxes(0, 1)
+    first_C = jnp.argmax(jnp.max(ends_FBS, axis=(1, 2))[None] > starts_C[:, None], axis=1)
+    is_partial_CF = jnp.min(ends_FBS, axis=(1, 2))[None] < starts_C[:, None] + queries
+    blocks_1F = jnp.arange(len(ends_FBS))[None]
+    is_next_CF = is_partial_CF & (blocks_1F >= first_C[:, None])
+    return first_C, jnp.min(jnp.where(is_next_CF, blocks_1F, len(ends_FBS)), axis=1)
 
 
 # The highest score so far, and the sums of exp(score - highest) and of that times the values.
@@ -103,6 +117,7 @@ def _attend_chunk(
     query_BKGQH: Array,
     start: Array,
     first_block: Array,
+    seen_until: Array,
     key_BKSH: Array,
     value_BKSH: Array,
     ends_BS: Array,
@@ -118,7 +133,7 @@ def _attend_chunk(
     precision = matmul_precision(query_BKGQH.dtype)
     place_1Q1 = (start + jnp.arange(queries))[None, :, None]
 
-    def step(keys: int, block: Array, state: _Softmax) -> _Softmax:
+    def step(keys: int, seen_by_all: bool, block: Array, state: _Softmax) -> _Softmax:
         first = block * keys
         key, value = (
             jax.lax.dynamic_slice_in_dim(x, first, keys, axis=2) for x in (key_BKSH, value_BKSH)
@@ -137,16 +152,20 @@ def _attend_chunk(
             preferred_element_type=jnp.float32,
         )
         scores_BKGQS = cap_softly(scores_BKGQS * scale, scoring.soft_cap)
-        scores_BKGQS = jnp.where(allowed_BQS[:, None, None], scores_BKGQS, _HIDDEN)
+        if not seen_by_all:
+            scores_BKGQS = jnp.where(allowed_BQS[:, None, None], scores_BKGQS, _HIDDEN)
         return _add_weighted(state, scores_BKGQS, value)
 
     zeros_BKGQ = jnp.zeros(query_BKGQH.shape[:4], jnp.float32)
     state = (zeros_BKGQ + _HIDDEN, zeros_BKGQ, jnp.zeros(query_BKGQH.shape, jnp.float32))
-    # Whole blocks first; of the last ones, half of which none would see, only what is needed.
+    # Whole blocks first, of which a CPU takes an eighth longer where something is to be hidden; of
+    # the last ones, half of which none would see, only what is needed.
     whole = start // keys
-    state = jax.lax.fori_loop(first_block, whole, functools.partial(step, keys), state)
+    seen = jnp.minimum(seen_until, whole)
+    state = jax.lax.fori_loop(first_block, seen, functools.partial(step, keys, True), state)
+    state = jax.lax.fori_loop(seen, whole, functools.partial(step, keys, False), state)
     least = min(queries, keys)
     rest = (whole * keys // least, (start + queries) // least)
-    state = jax.lax.fori_loop(*rest, functools.partial(step, least), state)
+    state = jax.lax.fori_loop(*rest, functools.partial(step, least, False), state)
     _, mass_BKGQ, summed_BKGQH = state
     return (summed_BKGQH / mass_BKGQ[..., None]).astype(query_BKGQH.dtype)

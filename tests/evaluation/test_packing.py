@@ -62,7 +62,7 @@ def test_contexts_are_computed_once_and_rows_are_full() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "length"),
-    [(1, 256), (257, 512), (1024, 1024), (1025, 1280), (2049, 2560), (8000, 8192)],
+    [(1, 256), (257, 512), (1024, 1024), (1025, 1152), (2049, 2304), (8000, 8192)],
 )
 def test_rows_come_in_few_lengths(tokens: int, length: int) -> None:
     assert row_length(tokens) == length

@@ -46,3 +46,19 @@ def test_equals_the_reference(batch: int, length: int) -> None:
         )
         found = tree_attention(query, key, value, *trees, Scoring(0.3, 1.5, 7))
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [1300, 2100], ids=("a_beginning_in_common", "one_text"))
+def test_blocks_that_all_see_equal_the_reference(shared: int) -> None:
+    draw = np.random.default_rng(shared)
+    length, middle = 2100, (shared + 2100) // 2
+    query, key, value = (
+        jnp.asarray(draw.normal(size=(1, length, heads, 8)), jnp.float32) for heads in (4, 2, 2)
+    )
+    places = np.arange(length)
+    ends_T = np.where((places >= shared) & (places < middle), middle, length).astype(np.int32)
+    allowed = (places[None] <= places[:, None]) & (places[:, None] < ends_T[None])
+    expected = reference_attention(query, key, value, jnp.asarray(allowed[None]))
+    positions_T = allowed.sum(axis=-1, dtype=np.int32) - 1
+    found = tree_attention(query, key, value, jnp.asarray(ends_T[None]), positions_T[None])
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
