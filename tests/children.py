@@ -48,10 +48,14 @@ def forks() -> Any:
     return context
 
 
+def flags_of_one(address: str, count: int, index: int) -> list[str]:
+    """What makes a launcher one of so many processes."""
+    return [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"]
+
+
 def join(address: str, count: int, index: int) -> None:
     """Joins this process with the others, as a launcher does."""
-    together = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={index}"]
-    flags.FLAGS(["program", *together[: 3 if count > 1 else 0]])
+    flags.FLAGS(["program", *(flags_of_one(address, count, index) if count > 1 else ())])
     start_processes()
 
 

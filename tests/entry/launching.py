@@ -3,7 +3,6 @@
 import atexit
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,10 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.children import forks
+from tests.children import end, flags_of_one, forks, start
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tests/entry/tiny_config.py"
+# Seconds; the longest takes a minute, on two slow cores.
+_PATIENCE = 600
 _WORDS = "the grown model computes what its base computes and then it learns more from text"
 
 
@@ -52,32 +53,44 @@ def begin(launcher: str, *arguments: object, outputs: tuple[Path, Path]) -> Any:
     return process
 
 
-def _ended(process: Any, outputs: tuple[Path, Path]) -> subprocess.CompletedProcess[str]:
-    process.join()
-    shown, errors = (path.read_text() for path in outputs)
-    return subprocess.CompletedProcess(process.name, process.exitcode, shown, errors)
+def _outputs(folder: str, index: int = 0) -> tuple[Path, Path]:
+    return Path(folder) / f"stdout{index}", Path(folder) / f"stderr{index}"
+
+
+def _end_all(started: list[Any], folder: str) -> list[subprocess.CompletedProcess[str]]:
+    statuses = end(started, _PATIENCE)
+    return [
+        subprocess.CompletedProcess("", status, *(o.read_text() for o in _outputs(folder, index)))
+        for index, status in enumerate(statuses)
+    ]
+
+
+def _run_one(
+    command: list[str],
+    of_first: tuple[str, ...],
+    variables: dict[str, str],
+    folder: str,
+    address: str,
+    count: int,
+    index: int,
+) -> None:
+    own = [*flags_of_one(address, count, index), *(of_first if index == 0 else ())]
+    _run_here([*command, *own], variables, _outputs(folder, index))
 
 
 def launch_together(
     launcher: str, count: int, *arguments: object, of_first: tuple[str, ...] = ()
 ) -> list[subprocess.CompletedProcess[str]]:
     """Starts a launcher in each of several processes that are one program."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        together = (f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--num_processes={count}")
+    command = _command(launcher, *arguments)
     with tempfile.TemporaryDirectory() as folder:
-        started = []
-        for index in range(count):
-            outputs = (Path(folder) / f"stdout{index}", Path(folder) / f"stderr{index}")
-            own = (*together, f"--process_id={index}", *(of_first if index == 0 else ()))
-            started.append((begin(launcher, *arguments, *own, outputs=outputs), outputs))
-        return [_ended(*process) for process in started]
+        started = start(forks(), _run_one, count, command, of_first, environment(), folder)
+        return _end_all(started, folder)
 
 
 def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
-        outputs = (Path(folder) / "stdout", Path(folder) / "stderr")
-        return _ended(begin(launcher, *arguments, outputs=outputs), outputs)
+        return _end_all([begin(launcher, *arguments, outputs=_outputs(folder))], folder)[0]
 
 
 def launch_anew(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
