@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def _command(launcher: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", f"experiments.{launcher}", *map(str, arguments)]
 
 
-def _run_here(command: list[str], variables: dict[str, str], outputs: tuple[Path, Path]) -> None:
+def run_here(command: list[str], variables: dict[str, str], outputs: tuple[Path, Path]) -> None:
     """Does in a fork what `python -m experiments.LAUNCHER` does in a new process."""
     for stream, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
@@ -45,10 +46,15 @@ def _run_here(command: list[str], variables: dict[str, str], outputs: tuple[Path
         atexit._run_exitfuncs()
 
 
-def begin(launcher: str, *arguments: object, outputs: tuple[Path, Path]) -> Any:
+def begin(
+    launcher: str,
+    *arguments: object,
+    outputs: tuple[Path, Path],
+    run: Callable[..., None] = run_here,
+) -> Any:
     """Starts a launcher in a fork, which writes its stdout and stderr into two files."""
     command = _command(launcher, *arguments)
-    process = forks().Process(target=_run_here, args=(command, environment(), outputs))
+    process = forks().Process(target=run, args=(command, environment(), outputs))
     process.start()
     return process
 
@@ -75,7 +81,7 @@ def _run_one(
     index: int,
 ) -> None:
     own = [*flags_of_one(address, count, index), *(of_first if index == 0 else ())]
-    _run_here([*command, *own], variables, _outputs(folder, index))
+    run_here([*command, *own], variables, _outputs(folder, index))
 
 
 def launch_together(
@@ -88,9 +94,12 @@ def launch_together(
         return _end_all(started, folder)
 
 
-def launch(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def launch(
+    launcher: str, *arguments: object, run: Callable[..., None] = run_here
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
-        return _end_all([begin(launcher, *arguments, outputs=_outputs(folder))], folder)[0]
+        process = begin(launcher, *arguments, outputs=_outputs(folder), run=run)
+        return _end_all([process], folder)[0]
 
 
 def launch_anew(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]:
