@@ -25,7 +25,7 @@ from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import LogitsConfig, ModelConfig
 from opt_deus_jax.models.moe import RouterLoad, no_load
 from opt_deus_jax.models.params import outer_specs
-from opt_deus_jax.models.products import PRODUCT, matmul_precision
+from opt_deus_jax.models.products import PRODUCT, multiply
 from opt_deus_jax.models.rope import rotary_tables
 
 Params = dict[str, Any]
@@ -277,13 +277,7 @@ def project_to_vocabulary(
     hidden: Float[Array, "*b d"], head_VD: Float[Array, "v d"], logits: LogitsConfig
 ) -> Float[Array, "*b v"]:
     """Logits in float32; the hidden states are rounded to the type of the head."""
-    products = jnp.einsum(
-        "...d,vd->...v",
-        hidden.astype(head_VD.dtype),
-        head_VD,
-        precision=matmul_precision(head_VD.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    products = multiply("...d,vd->...v", hidden, head_VD, jnp.dtype("float32"))
     if logits.divisor != 1:
         products = products / logits.divisor
     return cap_softly(products, logits.soft_cap)

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from opt_deus_jax.models import products
 from opt_deus_jax.models.products import project
 
 
@@ -26,7 +27,11 @@ def _gradients(kernel_dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     return product, *pull_back(jnp.asarray(COTANGENT_MO))
 
 
-def test_only_what_is_multiplied_with_a_kernel_is_rounded():
+@pytest.mark.parametrize("has_products", [True, False])
+def test_only_what_is_multiplied_with_a_kernel_is_rounded(
+    monkeypatch: pytest.MonkeyPatch, has_products: bool
+):
+    monkeypatch.setattr(products, "cpu_has_bfloat16_products", lambda: has_products)
     product, x_gradient, kernel_gradient = jax.jit(lambda: _gradients("bfloat16"))()
     assert product.dtype == x_gradient.dtype == jnp.float32
     kernel = _rounded(KERNEL_OD)
