@@ -188,7 +188,8 @@ class TrainingConfig:
         compute_dtype: Type of activations.
         kernel_dtype: Type of the kernels as multiplied; None takes `compute_dtype`. `bfloat16`
             under float32 activations rounds what is multiplied with a kernel and sums in float32:
-            what a TPU does by itself, and faster on a CPU that has bfloat16 products.
+            what a TPU does by itself, and faster on a CPU that has bfloat16 products. A CPU without
+            them takes as long as for float32.
         frozen_dtype: Type in which frozen parameters are held.
         attention: `reference` (all scores in memory, anywhere), `cudnn` (NVIDIA GPU, bfloat16) or
             `splash` (TPU).
