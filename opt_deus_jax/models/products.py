@@ -48,7 +48,7 @@ def multiply(equation: str, left: Array, right: Array, made: jnp.dtype | None = 
     made = jnp.dtype(made or left.dtype)
     in_type = functools.partial(_multiply_in_type, equation, made=made)
     if right.dtype == jnp.bfloat16 and made == jnp.float32 and not cpu_has_bfloat16_products():
-        widened = functools.partial(multiply_widened, equation)
+        widened = functools.partial(_multiply_widened, equation)
         return jax.lax.platform_dependent(left, right, cpu=widened, default=in_type)
     return in_type(left, right)
 
@@ -63,17 +63,8 @@ def _multiply_in_type(equation: str, left: Array, right: Array, *, made: jnp.dty
     )
 
 
-def multiply_widened(equation: str, left: Array, right: Array) -> Array:
-    """The product of both operands rounded to the type of `right`, in float32.
-
-    Args:
-        equation: As for `jnp.einsum`.
-        left: Of any floating type.
-        right: bfloat16.
-
-    Returns:
-        A float32 product.
-    """
+def _multiply_widened(equation: str, left: Array, right: Array) -> Array:
+    """The product of both operands rounded to the type of `right`, in float32."""
     info = jnp.finfo(right.dtype)
 
     def rounded(x: Array) -> Array:

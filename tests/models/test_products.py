@@ -32,6 +32,8 @@ def test_only_what_is_multiplied_with_a_kernel_is_rounded(
     monkeypatch: pytest.MonkeyPatch, has_products: bool
 ):
     monkeypatch.setattr(products, "cpu_has_bfloat16_products", lambda: has_products)
+    traced = str(jax.make_jaxpr(lambda: _gradients("bfloat16"))())
+    assert ("reduce_precision" in traced) == (not has_products)
     product, x_gradient, kernel_gradient = jax.jit(lambda: _gradients("bfloat16"))()
     assert product.dtype == x_gradient.dtype == jnp.float32
     kernel = _rounded(KERNEL_OD)
