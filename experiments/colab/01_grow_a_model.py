@@ -151,12 +151,12 @@ expansion = expand_checkpoint(
 from IPython.display import Image, display
 
 from opt_deus_jax.reporting.plots import png, sorting_figure
-from opt_deus_jax.upscaling.base_tensors import BaseTensors, Parent
+from opt_deus_jax.upscaling.base_tensors import BaseTensors, parent_block
 from opt_deus_jax.upscaling.fusion import fuse_blocks
 
 new = next(layer for layer in layers if layer.is_new)
 parents = [layer for layer in (new.previous, new.next) if layer is not None]
-a, b = (Parent(BaseTensors(base).read, base_model, layer) for layer in parents)
+a, b = (parent_block(BaseTensors(base).read, base_model, layer) for layer in parents)
 fused = fuse_blocks(a, b, config=base_model, weights="transport", zero_init=True)
 display(Image(png(sorting_figure(fused.maps, {new.depth: fused.reports}))))
 

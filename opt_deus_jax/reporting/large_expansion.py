@@ -19,8 +19,17 @@ from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import block_specs, identity_values, named_tensors
 from opt_deus_jax.reporting.measured_process import Measured, run_measured
 from opt_deus_jax.upscaling.alignment import align
+from opt_deus_jax.upscaling.base_tensors import parent_block
+from opt_deus_jax.upscaling.features import (
+    HEAD_MATRICES,
+    NEURON_MATRICES,
+    fold_features,
+    shift_norms,
+)
 from opt_deus_jax.upscaling.forecast import Speed
 from opt_deus_jax.upscaling.fusion import transport_epsilon
+from opt_deus_jax.upscaling.heads import match_heads
+from opt_deus_jax.upscaling.neurons import match_neurons
 from opt_deus_jax.whole_files import write_json
 
 # Of the size that weights of Llama have.
@@ -126,7 +135,9 @@ def check_grown(base: Path, expanded: Path) -> dict[str, Any]:
 def time_matrices(
     source: CheckpointSource, gap: int, speed: Speed, transport: str, epsilon: float | None
 ) -> Iterator[dict[str, Any]]:
-    """Aligns the matrices of a gap, a second time where the first compiled something.
+    """Aligns what a gap has: matrices one by one, or for `symmetric` heads and neurons as wholes.
+
+    What compiles something is done twice, and the second time counts.
 
     Args:
         source: The base.
@@ -137,8 +148,11 @@ def time_matrices(
 
     Yields:
         By matrix: seconds, and the least that its two products and the passes of its iterations
-        over one table would take.
+        over one table would take; of heads and neurons, their inner products.
     """
+    if transport == "symmetric":
+        yield from _time_matches(source, gap, speed, epsilon)
+        return
     specs = block_specs(read_model_config(source.hf_config))
     seen: set[tuple[int, ...]] = set()
     for name in _MATRICES:
@@ -156,11 +170,43 @@ def time_matrices(
             del made
         seen.add(a.shape)
         rows, columns = a.shape
-        products = 4 * rows**2 * columns / speed.flops
-        passes = iterations * 2 * 4 * rows**2 / speed.table_bytes
-        floor = products + passes
-        yield {
-            **{"matrix": name, "rows": rows, "columns": columns, "seconds": seconds},
-            **{"floor_s": floor, "products_s": products, "passes_s": passes},
-            **{"iterations": iterations, "over_floor": seconds / floor},
-        }
+        yield _timed(name, a.shape, seconds, speed, 4 * rows**2 * columns, iterations)
+
+
+def _time_matches(
+    source: CheckpointSource, gap: int, speed: Speed, epsilon: float | None
+) -> Iterator[dict[str, Any]]:
+    config = read_model_config(source.hf_config)
+    a, b = (
+        shift_norms(parent_block(source.read, config, gap + i), config.norm.offset) for i in (0, 1)
+    )
+    start = time.perf_counter()
+    match_heads(fold_features(a, HEAD_MATRICES), fold_features(b, HEAD_MATRICES), config)
+    seconds = time.perf_counter() - start
+    heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
+    # Of queries and keys planes are held against their like, of values and outputs all rows.
+    flops = config.width * (
+        4 * size * (heads**2 + groups**2) + 2 * size**2 * (heads**2 + groups**2)
+    )
+    yield _timed("heads", (heads * size, config.width), seconds, speed, flops, 0)
+    start = time.perf_counter()
+    features = fold_features(a, NEURON_MATRICES), fold_features(b, NEURON_MATRICES)
+    match = match_neurons(*features, epsilon)
+    seconds = time.perf_counter() - start
+    shape = (config.mlp_width, config.width)
+    iterations = int(match.coupling.iterations) if match.coupling else 0
+    yield _timed("neurons", shape, seconds, speed, 3 * 2 * shape[0] ** 2 * shape[1], iterations)
+
+
+def _timed(
+    name: str, shape: tuple[int, ...], seconds: float, speed: Speed, flops: int, iterations: int
+) -> dict[str, Any]:
+    rows, columns = shape
+    products = flops / speed.flops
+    passes = iterations * 2 * 4 * rows**2 / speed.table_bytes
+    floor = products + passes
+    return {
+        **{"matrix": name, "rows": rows, "columns": columns, "seconds": seconds},
+        **{"floor_s": floor, "products_s": products, "passes_s": passes},
+        **{"iterations": iterations, "over_floor": seconds / floor},
+    }

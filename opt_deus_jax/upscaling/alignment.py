@@ -56,7 +56,12 @@ def align(
 
     Returns:
         The coupling, the map that was applied and the fused kernel.
+
+    Raises:
+        ValueError: `transport` is none of these.
     """
+    if transport not in ("reference", "barycentric", "assignment"):
+        raise ValueError(f"transport={transport!r} does not move the rows of one kernel")
     if transport == "assignment":
         coupling = solve_assignment(previous_MD, next_ND)
         map_MN = barycentric_map(coupling)

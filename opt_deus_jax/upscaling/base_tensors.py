@@ -1,6 +1,6 @@
 """The base as an expansion reads it: checked, hashed, a parameter in memory at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from opt_deus_jax.checkpoints.source import CheckpointSource
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.models.params import block_specs
+from opt_deus_jax.upscaling.new_block import Block, OnRead
 
 
 class BaseTensors:
@@ -54,25 +55,19 @@ class BaseTensors:
         return None
 
 
-class Parent(Mapping[str, np.ndarray]):
-    """A block of the base in float32, of which a parameter is in memory only while it is used."""
+def parent_block(read: Callable[[str], np.ndarray], config: ModelConfig, layer: int) -> Block:
+    """A block of the base in float32, of which a parameter is in memory only while it is used.
 
-    def __init__(self, read: Callable[[str], np.ndarray], config: ModelConfig, layer: int):
-        """Names the block's tensors; reads none."""
-        self._read = read
-        self._names = {
-            name: spec.hf_name.format(layer=layer)
-            for name, spec in block_specs(config, config.layer_kinds[layer]).items()
-        }
+    Args:
+        read: Reads a tensor by its Hugging Face name, as `BaseTensors.read`.
+        config: The base's network.
+        layer: Of the base.
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._read(self._names[name]).astype(np.float32, copy=False)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    Returns:
+        Arrays by the names of `block_specs`; none is read yet.
+    """
+    names = {
+        name: spec.hf_name.format(layer=layer)
+        for name, spec in block_specs(config, config.layer_kinds[layer]).items()
+    }
+    return OnRead(lambda name: read(names[name]).astype(np.float32, copy=False), names)

@@ -81,4 +81,4 @@ def balance_branches(block: Block, config: ModelConfig) -> dict[str, np.ndarray]
         "value": even_KHD.reshape(features["value"].shape),
         "up": restore_rows(features["up"], np.full_like(up_norm_N1, up_norm_N1.mean())),
     }
-    return shift_norms({**block, **unfold_features(balanced, block, block)}, -offset)
+    return dict(shift_norms({**block, **unfold_features(balanced, block, block)}, -offset))

@@ -21,7 +21,6 @@ from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.features import NEURON_MATRICES
 from opt_deus_jax.upscaling.layout import LayerOrigin
-from opt_deus_jax.upscaling.neurons import overlap
 from opt_deus_jax.upscaling.new_block import Block
 
 EXPERT_PARAMETERS = ("router_kernel", *(f"experts_{name}_kernel" for name in NEURON_MATRICES))
@@ -108,6 +107,12 @@ def _answers(block: Arrays, config: ModelConfig) -> Float[np.ndarray, "e a"]:
     return np.asarray(answers_EPD).reshape(len(answers_EPD), -1)
 
 
+def _overlap(rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
+    """Inner products of all rows, both matrices scaled to norm 1; zeros stay zeros."""
+    norms = float(np.linalg.norm(rows_a) * np.linalg.norm(rows_b))
+    return rows_a @ rows_b.T * np.float32(1 / (norms or 1))
+
+
 def match_experts(previous: Arrays, next_: Arrays, config: ModelConfig) -> ExpertMatch:
     """Finds the permutation of A's experts that is nearest to B's.
 
@@ -130,7 +135,7 @@ def match_experts(previous: Arrays, next_: Arrays, config: ModelConfig) -> Exper
         )
         for block in (previous, next_)
     ]
-    gain_EE = overlap(rows[0][0], rows[1][0]) + overlap(rows[0][1], rows[1][1])
+    gain_EE = _overlap(rows[0][0], rows[1][0]) + _overlap(rows[0][1], rows[1][1])
     source_E = assign_by_gain(gain_EE)
     square_a, square_b = (_square_norms(*of_block) for of_block in rows)
     cost_EE = np.sqrt(np.maximum(square_a[:, None] + square_b[None] - 2 * gain_EE, 0))

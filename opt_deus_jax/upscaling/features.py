@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.transport.sinkhorn import Coupling
-from opt_deus_jax.upscaling.new_block import Block, TransportMap
+from opt_deus_jax.upscaling.new_block import Block, OnRead, TransportMap
 
 # Rows of an attention head, and of a neuron, with the norm that each matrix reads behind.
 HEAD_MATRICES = ("query", "key", "value", "output")
@@ -66,7 +66,7 @@ def check_parameters(block: Block, field: str, also: tuple[str, ...] = ()) -> No
         )
 
 
-def shift_norms(block: Block, offset: float) -> dict[str, np.ndarray]:
+def shift_norms(block: Block, offset: float) -> Block:
     """Adds an offset to all norms: from what is stored to what is applied, or back.
 
     Args:
@@ -74,15 +74,19 @@ def shift_norms(block: Block, offset: float) -> dict[str, np.ndarray]:
         offset: `ModelConfig.norm.offset`, or its negative.
 
     Returns:
-        A block that shares all other arrays.
+        A block that shares all other arrays, and reads them when it is read.
     """
     if not offset:
-        return dict(block)
+        return block
     shift = np.float32(offset)
-    return {name: x + shift if name.endswith("_norm") else x for name, x in block.items()}
+
+    def shifted(name: str) -> np.ndarray:
+        return block[name] + shift if name.endswith("_norm") else block[name]
+
+    return OnRead(shifted, block)
 
 
-def fold_features(block: Block, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def fold_features(block: Block, names: tuple[str, ...]) -> Features:
     """Writes matrices of a block as rows of features.
 
     Args:
@@ -90,20 +94,20 @@ def fold_features(block: Block, names: tuple[str, ...]) -> dict[str, np.ndarray]
         names: Of `HEAD_MATRICES` and `NEURON_MATRICES`, or the router.
 
     Returns:
-        By name, [features, width], or one column more where there is a bias.
+        By name, [features, width], or one column more where there is a bias; made when it is read.
     """
-    features: dict[str, np.ndarray] = {}
-    for name in names:
+
+    def folded(name: str) -> np.ndarray:
         kernel = block[f"{name}_kernel"]
         if name in _OUTPUTS:
-            features[name] = np.ascontiguousarray(kernel.T)
-            continue
+            return np.ascontiguousarray(kernel.T)
         # Some architectures have no norm there.
-        folded = kernel * block.get(_NORM_OF[name], np.float32(1))
-        if f"{name}_bias" in block:
-            folded = np.concatenate([folded, block[f"{name}_bias"][:, None]], axis=1)
-        features[name] = folded
-    return features
+        rows = kernel * block.get(_NORM_OF[name], np.float32(1))
+        if f"{name}_bias" not in block:
+            return rows
+        return np.concatenate([rows, block[f"{name}_bias"][:, None]], axis=1)
+
+    return OnRead(folded, names)
 
 
 def unfold_features(features: Features, norms: Block, like: Block) -> dict[str, np.ndarray]:

@@ -108,16 +108,21 @@ def _transport_bytes(matrix: _Matrix, transport: str) -> int:
     return 5 * kernel + 5 * table
 
 
-def _symmetric_bytes(config: ModelConfig, block: int) -> int:
-    """Parents and features of both, tables of all pairs of neurons, one of them in float64."""
+def _symmetric_bytes(config: ModelConfig, upscale: UpscaleConfig, block: int) -> int:
+    """Squared distances of all pairs of neurons in float64 and their signs; then the new block.
+
+    Both beside a few kernels of the widest matrix. With entropy, tables of float32 follow.
+    """
     rows = max(m.rows for m in _matrices(config))
-    return 5 * block + 4 * rows**2 * 5
+    kernel = max(4 * m.rows * m.columns for m in _matrices(config))
+    tables = 9 * rows**2 if upscale.epsilon is None else 28 * rows**2
+    return max(block // 4 + 3 * kernel + tables, block + 6 * kernel)
 
 
 def _fusion_peak(config: ModelConfig, upscale: UpscaleConfig, method: Method) -> tuple[int, str]:
     block = sum(4 * spec.size for spec in block_specs(config).values())
     if method.weights == "transport" and upscale.transport == "symmetric":
-        return _symmetric_bytes(config, block), "matching of heads and neurons"
+        return _symmetric_bytes(config, upscale, block), "matching of heads and neurons"
     if method.weights != "transport":
         return 3 * block, "a new layer beside its parents"
     done, peaks = 0, []

@@ -161,7 +161,7 @@ def _transport(
     block = {name: np.asarray(value) for name, value in fused.items()}
     maps = {name: plan for part in parts for name, plan in part.maps.items()}
     return Fused(
-        shift_norms(block, -choices.norm_offset),
+        dict(shift_norms(block, -choices.norm_offset)),
         tuple(line for part in parts for line in part.reports),
         {name: np.asarray(m) for name, m in maps.items() if not isinstance(m, ScaledKernel)},
         {name: picture for part in parts for name, picture in part.pictures.items()},

@@ -15,7 +15,7 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, grown_hf_config, read_model_config
 from opt_deus_jax.models.params import ParamSpec, block_specs, outer_specs
 from opt_deus_jax.transport.diagnostics import MatrixReport
-from opt_deus_jax.upscaling.base_tensors import BaseTensors, Parent
+from opt_deus_jax.upscaling.base_tensors import BaseTensors, parent_block
 from opt_deus_jax.upscaling.experts import check_parents
 from opt_deus_jax.upscaling.fusion import fuse_blocks
 from opt_deus_jax.upscaling.layout import LayerOrigin
@@ -107,8 +107,8 @@ def _fuse_layer(
 ) -> Fused:
     if origin.previous is None:
         raise ValueError(f"layer {origin.depth} has no parent")
-    previous = Parent(read, plan.config, origin.previous)
-    next_ = previous if origin.next is None else Parent(read, plan.config, origin.next)
+    previous = parent_block(read, plan.config, origin.previous)
+    next_ = previous if origin.next is None else parent_block(read, plan.config, origin.next)
     return fuse_blocks(
         previous,
         next_,

@@ -37,7 +37,7 @@ from opt_deus_jax.upscaling.features import (
 )
 from opt_deus_jax.upscaling.heads import match_heads
 from opt_deus_jax.upscaling.neurons import match_neurons
-from opt_deus_jax.upscaling.new_block import Block, Fused, TransportMap
+from opt_deus_jax.upscaling.new_block import Block, Fused, OnRead, TransportMap
 
 _QUERY_KEY_NORMS = ("query_norm", "key_norm")
 _OTHERS_OF_HEADS = (*_QUERY_KEY_NORMS, "output_bias", "attention_output_norm")
@@ -99,14 +99,14 @@ def align_block(previous: Block, next_: Block, config: ModelConfig) -> dict[str,
     heads, neurons = _sides(previous, config, None)
     offset = config.norm.offset
     previous, next_ = shift_norms(previous, offset), shift_norms(next_, offset)
-    aligned = previous | _align_side(heads, previous, next_)
+    aligned = dict(previous) | _align_side(heads, previous, next_)
     if _ROUTER not in previous:
-        return shift_norms(aligned | _align_side(neurons, previous, next_), -offset)
+        return dict(shift_norms(aligned | _align_side(neurons, previous, next_), -offset))
     source_E = match_experts(previous, next_, config).source_E
     pairs = zip(*_paired_experts(previous, next_, source_E), strict=True)
     aligned |= stack_expert_blocks([_align_side(neurons, a, b) for a, b in pairs])
     aligned[_ROUTER] = previous[_ROUTER][source_E]
-    return shift_norms(aligned, -offset)
+    return dict(shift_norms(aligned, -offset))
 
 
 def _paired_experts(
@@ -201,13 +201,14 @@ def _fuse_side(
 ) -> _FusedSide:
     a, b = (fold_features(block, side.matrices) for block in (previous, next_))
     match = side.match(a, b)
-    moved = {name: match.maps[name].T @ rows for name, rows in a.items()}
+    moved = OnRead(lambda name: match.maps[name].T @ a[name], a)
     share = shares_of_previous(fusion, moved, b, side.units)
     fused: dict[str, np.ndarray] = {}
     lines = []
     for name in side.matrices:
-        rows = blend_rows(fusion, moved.pop(name), b[name], share)
-        lines.append(_report_matrix(name, match, rows, a[name], b[name]))
+        rows_a, rows_b = a[name], b[name]
+        rows = blend_rows(fusion, match.maps[name].T @ rows_a, rows_b, share)
+        lines.append(_report_matrix(name, match, rows, rows_a, rows_b))
         fused |= unfold_features({name: rows}, norms, next_)
     of_a = np.float32(share.mean())
     for name in (name for name in side.others if name in next_):

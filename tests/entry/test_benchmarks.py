@@ -9,10 +9,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from opt_deus_jax.checkpoints.manifest import read_manifest
+from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import named_tensors
+from opt_deus_jax.reporting.large_expansion import time_matrices
 from opt_deus_jax.reporting.turns import Taken, compare, take_turns
+from opt_deus_jax.upscaling.forecast import Speed
 from opt_deus_jax.upscaling.lesa import MATRICES
 from tests.entry.launching import fail, launch, succeed
 
@@ -98,6 +101,22 @@ def test_a_large_expansion_is_killed_gone_on_with_and_checked(base: Path, tmp_pa
         assert row["over_floor"] == pytest.approx(row["seconds"] / row["floor_s"])
     # The weights are gone.
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.05])
+def test_heads_and_neurons_are_timed_as_wholes_where_they_are_matched_so(
+    base: Path, epsilon: float | None
+) -> None:
+    source = open_checkpoint(str(base))
+    config = read_model_config(source.hf_config)
+    heads, neurons = time_matrices(source, 0, Speed(1e9, 1e9), "symmetric", epsilon)
+    assert [row["matrix"] for row in (heads, neurons)] == ["heads", "neurons"]
+    assert (neurons["iterations"] > 0) == (epsilon is not None)
+    products = 3 * 2 * config.mlp_width**2 * config.width / 1e9
+    assert neurons["products_s"] == pytest.approx(products)
+    for row in (heads, neurons):
+        assert row["floor_s"] == pytest.approx(row["products_s"] + row["passes_s"])
+        assert row["over_floor"] == pytest.approx(row["seconds"] / row["floor_s"])
 
 
 def test_ratios_are_of_the_first_over_each_and_leave_the_warm_up_out() -> None:

@@ -57,8 +57,11 @@ def test_llama_8b_fits_6_gib_and_an_assignment_takes_more():
     assert 2 * GIB < made.memory_bytes < 6 * GIB
     assert "up" in made.peak
     exact, _ = forecast_of(LLAMA_8B, 16, transport="assignment")
+    assert exact.memory_bytes > made.memory_bytes
     symmetric, _ = forecast_of(LLAMA_8B, 16, transport="symmetric")
-    assert min(exact.memory_bytes, symmetric.memory_bytes) > made.memory_bytes
+    soft, _ = forecast_of(LLAMA_8B, 16, transport="symmetric", epsilon=0.05)
+    # The table of squared distances alone is 1.6 GB.
+    assert 2 * GIB < symmetric.memory_bytes < 6 * GIB < soft.memory_bytes
     # Depth costs time and disk, not memory.
     assert forecast_of(LLAMA_8B, 4)[0].memory_bytes == made.memory_bytes
 

@@ -198,6 +198,12 @@ def test_a_permuted_layer_is_found_again(transport):
         assert (np.asarray(aligned.map_MN).argmax(0) == order).all()
 
 
+def test_a_transport_of_whole_blocks_is_not_taken_for_one_of_a_kernel():
+    kernel = jnp.eye(4)
+    with pytest.raises(ValueError, match="transport='symmetric' does not move"):
+        alignment.align(kernel, kernel, transport="symmetric", epsilon=0.01)
+
+
 def test_barycentric_is_relative_to_the_size_of_the_weights_and_reference_is_not():
     config = square(32)
     a, b = random_block(config, 0, 0.3), random_block(config, 1, 0.3)

@@ -1,6 +1,7 @@
 """Alignment by symmetries: nothing that A computes changes, and a copy in disguise is found."""
 
 import itertools
+import weakref
 
 import numpy as np
 import ot
@@ -19,6 +20,7 @@ from opt_deus_jax.upscaling.features import (
 from opt_deus_jax.upscaling.fusion import fuse_blocks
 from opt_deus_jax.upscaling.heads import match_heads
 from opt_deus_jax.upscaling.neurons import match_neurons
+from opt_deus_jax.upscaling.new_block import OnRead
 from opt_deus_jax.upscaling.symmetric import align_block, fuse_symmetric
 from tests.llama_checkpoints import smollm2
 from tests.upscaling.symmetry_copies import (
@@ -204,6 +206,31 @@ def test_heads_reach_what_a_search_over_all_orders_reaches(shape):
     )
     # Exact with a head a group; with more, orders inside a group are found in turn with the map.
     assert reached * (1 - 1e-5 if heads == 1 else 0.99) <= found <= reached * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_of_parents_that_are_read_few_arrays_are_in_memory(fusion):
+    config = config_of("gqa")
+    living, most = set(), 0
+
+    def on_read(block):
+        def read(name):
+            nonlocal most
+            array = block[name].copy()
+            living.add(id(array))
+            weakref.finalize(array, living.discard, id(array))
+            most = max(most, len(living))
+            return array
+
+        return OnRead(read, block)
+
+    blocks = random_block(config, 0), random_block(config, 1)
+    made = fuse_symmetric(*map(on_read, blocks), config=config, fusion=fusion)
+    # Of either side a kernel and its norm.
+    assert 2 <= most <= 4
+    expected = fuse_symmetric(*blocks, config=config, fusion=fusion)
+    for name, array in expected.block.items():
+        np.testing.assert_array_equal(made.block[name], array)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
