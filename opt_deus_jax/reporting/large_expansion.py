@@ -185,9 +185,7 @@ def _time_matches(
     seconds = time.perf_counter() - start
     heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
     # Of queries and keys planes are held against their like, of values and outputs all rows.
-    flops = config.width * (
-        4 * size * (heads**2 + groups**2) + 2 * size**2 * (heads**2 + groups**2)
-    )
+    flops = config.width * (4 * size + 2 * size**2) * (heads**2 + groups**2)
     yield _timed("heads", (heads * size, config.width), seconds, speed, flops, 0)
     start = time.perf_counter()
     features = fold_features(a, NEURON_MATRICES), fold_features(b, NEURON_MATRICES)

@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.block import ACTIVATIONS
 from opt_deus_jax.models.model_config import ModelConfig
-from opt_deus_jax.transport.assignment import assign_by_gain
+from opt_deus_jax.transport.assignment import assign_by_cost
 from opt_deus_jax.transport.diagnostics import MatrixReport
 from opt_deus_jax.upscaling.blending import restore_rows
 from opt_deus_jax.upscaling.features import NEURON_MATRICES
 from opt_deus_jax.upscaling.layout import LayerOrigin
+from opt_deus_jax.upscaling.neurons import add_overlap, turn_into_square_distances
 from opt_deus_jax.upscaling.new_block import Block
 
 EXPERT_PARAMETERS = ("router_kernel", *(f"experts_{name}_kernel" for name in NEURON_MATRICES))
@@ -107,12 +108,6 @@ def _answers(block: Arrays, config: ModelConfig) -> Float[np.ndarray, "e a"]:
     return np.asarray(answers_EPD).reshape(len(answers_EPD), -1)
 
 
-def _overlap(rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
-    """Inner products of all rows, both matrices scaled to norm 1; zeros stay zeros."""
-    norms = float(np.linalg.norm(rows_a) * np.linalg.norm(rows_b))
-    return rows_a @ rows_b.T * np.float32(1 / (norms or 1))
-
-
 def match_experts(previous: Arrays, next_: Arrays, config: ModelConfig) -> ExpertMatch:
     """Finds the permutation of A's experts that is nearest to B's.
 
@@ -135,17 +130,13 @@ def match_experts(previous: Arrays, next_: Arrays, config: ModelConfig) -> Exper
         )
         for block in (previous, next_)
     ]
-    gain_EE = _overlap(rows[0][0], rows[1][0]) + _overlap(rows[0][1], rows[1][1])
-    source_E = assign_by_gain(gain_EE)
-    square_a, square_b = (_square_norms(*of_block) for of_block in rows)
-    cost_EE = np.sqrt(np.maximum(square_a[:, None] + square_b[None] - 2 * gain_EE, 0))
+    table_EE = np.zeros((len(rows[0][0]), len(rows[1][0])))
+    squares = [add_overlap(table_EE, of_a, of_b) for of_a, of_b in zip(*rows, strict=True)]
+    square_EE = turn_into_square_distances(table_EE, squares)
+    source_E = assign_by_cost(square_EE)
+    cost_EE = np.sqrt(square_EE)
     matched = cost_EE[source_E, np.arange(len(source_E))]
     return ExpertMatch(source_E, float(cost_EE.mean()), float(matched.mean()))
-
-
-def _square_norms(*matrices: np.ndarray) -> np.ndarray:
-    squares = [np.einsum("ed,ed->e", rows, rows) for rows in matrices]
-    return np.sum([square / (square.sum() or 1) for square in squares], axis=0)
 
 
 def fuse_experts(

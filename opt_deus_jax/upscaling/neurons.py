@@ -7,8 +7,11 @@ out, since in five gaps of SmolLM2-135M it moved no cosine of matched kernels by
 Names carry shapes: M neurons, D columns.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from scipy import sparse
 
 from opt_deus_jax.transport.assignment import assign_by_cost
@@ -54,20 +57,32 @@ def _square_distances(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]
     With the neurons of an 8B model the two take 1.8 GB: no other table of all pairs is made beside
     them, and of the features a matrix of either side is in memory at a time.
     """
-    gain_MM = np.zeros((len(a["up"]), len(b["up"])))
-    squares = [_add_overlap(gain_MM, a[name], b[name]) for name in ("up", "down")]
+    up_a, up_b = a["up"], b["up"]
+    gain_MM = np.zeros((len(up_a), len(up_b)))
+    squares = [add_overlap(gain_MM, up_a, up_b)]
+    del up_a, up_b
+    squares.append(add_overlap(gain_MM, a["down"], b["down"]))
     negative_MM = gain_MM < 0
     np.abs(gain_MM, out=gain_MM)
-    squares.append(_add_overlap(gain_MM, a["gate"], b["gate"]))
-    square_a, square_b = np.sum(squares, axis=0)
-    gain_MM *= -2
-    gain_MM += square_a[:, None]
-    gain_MM += square_b[None]
-    return np.maximum(gain_MM, 0, out=gain_MM), negative_MM
+    squares.append(add_overlap(gain_MM, a["gate"], b["gate"]))
+    return turn_into_square_distances(gain_MM, squares), negative_MM
 
 
-def _add_overlap(table_MM: np.ndarray, rows_a: np.ndarray, rows_b: np.ndarray) -> np.ndarray:
-    """Adds all inner products, both matrices scaled to norm 1; returns the rows' square norms."""
+def add_overlap(
+    table_MN: Float[np.ndarray, "m n"],
+    rows_a: Float[np.ndarray, "m d"],
+    rows_b: Float[np.ndarray, "n d"],
+) -> Float[np.ndarray, "2 m"]:
+    """Adds the inner products of all rows, both matrices scaled to norm 1; zeros stay zeros.
+
+    Args:
+        table_MN: float64, changed in place, some rows at a time.
+        rows_a: Features of A.
+        rows_b: Features of B, as many.
+
+    Returns:
+        The square norms of A's rows and of B's, scaled alike.
+    """
     squares = np.stack([np.einsum("md,md->m", rows, rows) for rows in (rows_a, rows_b)])
     squares = squares.astype(np.float64)
     totals = squares.sum(axis=1, keepdims=True)
@@ -75,8 +90,27 @@ def _add_overlap(table_MM: np.ndarray, rows_a: np.ndarray, rows_b: np.ndarray) -
     scale = np.float32(1 / np.sqrt(totals.prod()))
     for first in range(0, len(rows_a), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
-        table_MM[part] += rows_a[part] @ rows_b.T * scale
+        table_MN[part] += rows_a[part] @ rows_b.T * scale
     return squares / totals
+
+
+def turn_into_square_distances(
+    overlap_MN: Float[np.ndarray, "m n"], squares: Sequence[Float[np.ndarray, "2 m"]]
+) -> Float[np.ndarray, "m n"]:
+    """Turns sums of inner products into squared distances, in place.
+
+    Args:
+        overlap_MN: What `add_overlap` has added up.
+        squares: What it returned each time.
+
+    Returns:
+        The same table.
+    """
+    square_a, square_b = np.sum(squares, axis=0)
+    overlap_MN *= -2
+    overlap_MN += square_a[:, None]
+    overlap_MN += square_b[None]
+    return np.maximum(overlap_MN, 0, out=overlap_MN)
 
 
 def _soft_match(square_MM: np.ndarray, negative_MM: np.ndarray, epsilon: float) -> UnitMatch:
