@@ -4,9 +4,10 @@
 given its own learning rate by a sweep. Text and questions: --config.experiment.data.train=FILES,
 --config.experiment.data.held_out=FILES, --config.experiment.evaluation.local_data=FOLDER.
 
-Variants: none for two CPU cores (102,400 tokens a run); `gpu` for one GPU (50M tokens a run, the
-paper's context of 2048; never run yet); `smoke` to try it out; `tuned` for all parameters of the
-published presets, as a comparison with --workdir=runs/compare trained them, tuned on instructions
+Variants: none for two CPU cores (102,400 tokens a run); `ideas` for the ways to beat a copy at the
+same place, on a fifth of the tokens; `gpu` for one GPU (50M tokens a run, the paper's context of
+2048; never run yet); `smoke` to try it out; `tuned` for all parameters of the published presets, as
+a comparison with --workdir=runs/compare trained them, tuned on instructions
 (--config.experiment.data.train=ROWS, as in configs/fine_tune.py) on two CPU cores.
 
     python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
@@ -22,6 +23,20 @@ from opt_deus_jax.errors import UserError
 
 _NUM_NEW = 15
 _PRESETS = ("base", "solar", "llama_pro", "average", "opt_deus_barycentric")
+_COPIES = ("copy_next", "copy_previous")
+_IDEAS = (
+    "opt_deus_barycentric",
+    "barycentric_rescaled",
+    "symmetric",
+    "symmetric_rescaled",
+    "symmetric_matched",
+    "symmetric_select",
+    "twin",
+    "copy_next_tenth",
+    "copy_next_branches",
+    "copy_next_balanced",
+    "random",
+)
 _PLACES = ("middle", "bottom", "top_and_bottom", "uniform")
 
 
@@ -66,6 +81,18 @@ def _contenders() -> tuple[Contender, ...]:
     return (*same_place, *presets, *places, *learned)
 
 
+def _ideas(shared: Experiment) -> Comparison:
+    """Ideas at the top beside both copies, on a fifth of the tokens: rates, then three seeds."""
+    shared.data.max_held_out_tokens = 4_096
+    shared.optimizer.learning_rate = 5e-4
+    shared.optimizer.warmup_steps = 4
+    shared.training.steps, shared.training.batch_size = 40, 2
+    wanted = (*_COPIES, *_IDEAS)
+    contenders = tuple(c for c in _contenders() if c.name in wanted)
+    # A rate is tried for all of the steps: they are few, and the best rate hangs on their number.
+    return Comparison(shared, contenders, sweep_fraction=1.0, references=_COPIES)
+
+
 def _tuned(shared: Experiment) -> Comparison:
     """What `experiments.compare` left of the presets, tuned on the same instructions."""
     fine_tune = configs.fine_tune.get_config("smollm2")
@@ -94,6 +121,8 @@ def get_config(variant: str = "") -> Comparison:
     comparison = Comparison(
         shared, _contenders(), questions=20, perplexity_pages=2, exported=_PRESETS
     )
+    if variant == "ideas":
+        return _ideas(shared)
     if variant == "tuned":
         return _tuned(shared)
     if variant == "gpu":
@@ -121,7 +150,7 @@ def get_config(variant: str = "") -> Comparison:
         comparison.references, comparison.exported = ("copy_next",), ()
     elif variant:
         raise UserError(
-            f"configs/compare_smollm2.py: unknown variant {variant!r}; use gpu, smoke, tuned or "
-            "none"
+            f"configs/compare_smollm2.py: unknown variant {variant!r}; use ideas, gpu, smoke, "
+            "tuned or none"
         )
     return comparison
