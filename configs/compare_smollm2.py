@@ -83,14 +83,13 @@ def _contenders() -> tuple[Contender, ...]:
 
 def _ideas(shared: Experiment) -> Comparison:
     """Ideas at the top beside both copies, on a fifth of the tokens: rates, then three seeds."""
-    shared.data.max_held_out_tokens = 4_096
     shared.optimizer.learning_rate = 5e-4
     shared.optimizer.warmup_steps = 4
     shared.training.steps, shared.training.batch_size = 40, 2
     wanted = (*_COPIES, *_IDEAS)
     contenders = tuple(c for c in _contenders() if c.name in wanted)
     # A rate is tried for all of the steps: they are few, and the best rate hangs on their number.
-    return Comparison(shared, contenders, sweep_fraction=1.0, references=_COPIES)
+    return Comparison(shared, contenders, sweep_fraction=1.0, evaluations=1, references=_COPIES)
 
 
 def _tuned(shared: Experiment) -> Comparison:

@@ -302,6 +302,7 @@ class Comparison:
         rate_factor: Step of the sweep: from its start it tries rates by this factor up and down
             until the best has a worse one on both sides.
         max_rate_steps: How many factors away from its start a sweep goes.
+        evaluations: Held-out losses that a run takes, after equal parts of its steps.
         questions: Questions a task after training, as `evaluation.limit`; 0 asks none.
         perplexity_pages: Pages of wikitext that are scored after training; 0 scores none.
         references: Contenders that the others are held against.
@@ -316,6 +317,7 @@ class Comparison:
     sweep_fraction: float = 0.4
     rate_factor: float = 2.0
     max_rate_steps: int = 3
+    evaluations: int = 5
     questions: int = 0
     perplexity_pages: int = 0
     references: tuple[str, ...] = ("copy_next", "llama_pro")

@@ -12,9 +12,6 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.upscaling.methods import resolve_method
 from opt_deus_jax.whole_files import write_text
 
-# Held-out losses are taken after each fifth of the tokens.
-EVALUATIONS = 5
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -77,11 +74,13 @@ def check_comparison(comparison: Comparison) -> None:
             raise UserError(f"config field {field}={getattr(comparison, field)}: use 0 or more")
     if comparison.questions == 1:
         raise UserError("config field questions=1: one question has no error; use 0 or 2 and more")
-    steps = comparison.experiment.training.steps
-    if steps < EVALUATIONS or steps % EVALUATIONS:
+    steps, evaluations = comparison.experiment.training.steps, comparison.evaluations
+    if evaluations < 1:
+        raise UserError(f"config field evaluations={evaluations}: use 1 or more")
+    if steps < evaluations or steps % evaluations:
         raise UserError(
             f"config field experiment.training.steps={steps}: use a positive multiple of "
-            f"{EVALUATIONS}, after each fifth of which the held-out loss is taken"
+            f"evaluations={evaluations}, or other evaluations"
         )
 
 
@@ -116,7 +115,8 @@ def experiment_of(comparison: Comparison, run: Run) -> Experiment:
     """
     shared = comparison.experiment
     training, optimizer = shared.training, shared.optimizer
-    steps, warmup, every = training.steps, optimizer.warmup_steps, training.steps // EVALUATIONS
+    steps, warmup = training.steps, optimizer.warmup_steps
+    every = steps // comparison.evaluations
     if run.kind == "sweep":
         steps = max(round(steps * comparison.sweep_fraction), 1)
         warmup, every = round(warmup * comparison.sweep_fraction), 0

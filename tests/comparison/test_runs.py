@@ -105,6 +105,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
         ({"rate_factor": 1.0}, "rate_factor=1.0"),
         ({"questions": -1}, "questions=-1"),
         ({"questions": 1}, "questions=1"),
+        ({"evaluations": 0}, "evaluations=0"),
     ],
 )
 def test_what_could_not_be_finished_is_refused_before_the_first_run(
@@ -120,6 +121,14 @@ def test_steps_that_have_no_fifths_are_refused():
     one.experiment.training.steps = 12
     with pytest.raises(UserError, match=r"experiment\.training\.steps=12"):
         check_comparison(one)
+
+
+@pytest.mark.parametrize(("evaluations", "every"), [(1, 10), (5, 2)])
+def test_held_out_losses_are_taken_as_often_as_asked(evaluations: int, every: int):
+    one = comparison(evaluations=evaluations)
+    one.experiment.training.steps = 10
+    run = Run(one.contenders[0], "final", 0, 1e-3)
+    assert experiment_of(one, run).training.evaluate_every == every
 
 
 def test_choices_of_the_shared_experiment_are_checked():
