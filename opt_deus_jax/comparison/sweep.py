@@ -15,9 +15,8 @@ def next_exponent(losses: Mapping[int, float], furthest: int) -> int | None:
         An exponent that was not tried; None where the best one has a worse one on both sides, or
         lies at `furthest`.
     """
-    for exponent in (0, -1, 1):
-        if exponent not in losses and abs(exponent) <= furthest:
-            return exponent
+    if not losses:
+        return 0
     best = best_exponent(losses)
     for neighbour in (best - 1, best + 1):
         if neighbour not in losses and abs(neighbour) <= furthest:
