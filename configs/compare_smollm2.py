@@ -61,7 +61,7 @@ def _contenders() -> tuple[Contender, ...]:
         _contender("barycentric_rescaled", "opt_deus", fusion="rescaled"),
         _contender("twin", "twin"),
         _contender("copy_next_tenth", "copy_next", output_scale=0.1),
-        _contender("copy_next_branches", "copy_next", branch_scale=4.0),
+        _contender("copy_next_branches", "copy_next", 6.25e-5, branch_scale=4.0),
         _contender("copy_next_balanced", "copy_next", balance=True),
         _contender("average_zero", "average", zero_init=True),
         _contender("half_next", "half_next"),
