@@ -11,6 +11,7 @@ a comparison with --workdir=runs/compare trained them, tuned on instructions
 (--config.experiment.data.train=ROWS, as in configs/fine_tune.py) on two CPU cores.
 
     python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
+    python -m experiments.compare --config=configs/compare_smollm2.py:ideas --workdir=runs/ideas
     python -m experiments.compare --config=configs/compare_smollm2.py:tuned --workdir=runs/tuned
 """
 
@@ -86,8 +87,8 @@ def _ideas(shared: Experiment) -> Comparison:
     shared.optimizer.learning_rate = 5e-4
     shared.optimizer.warmup_steps = 4
     shared.training.steps, shared.training.batch_size = 40, 2
-    wanted = (*_COPIES, *_IDEAS)
-    contenders = tuple(c for c in _contenders() if c.name in wanted)
+    by_name = {contender.name: contender for contender in _contenders()}
+    contenders = tuple(by_name[name] for name in (*_COPIES, *_IDEAS))
     # A rate is tried for all of the steps: they are few, and the best rate hangs on their number.
     return Comparison(shared, contenders, sweep_fraction=1.0, evaluations=1, references=_COPIES)
 
