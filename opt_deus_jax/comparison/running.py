@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
@@ -43,6 +44,7 @@ from opt_deus_jax.training.program import Program, make_program, program_costs
 from opt_deus_jax.training.segments import TrainedNames, invert_mask, merge, select_trained
 from opt_deus_jax.training.weights import load_params
 from opt_deus_jax.upscaling.expand import expand_checkpoint
+from opt_deus_jax.upscaling.grown_tensors import plan_expansion
 from opt_deus_jax.upscaling.methods import resolve_method
 from opt_deus_jax.upscaling.probe import probe_tokens
 from opt_deus_jax.whole_files import write_json
@@ -94,7 +96,7 @@ def prepare(
         The setting of `run_all`.
 
     Raises:
-        UserError: A base, text or task cannot be used.
+        UserError: A base, contender, text or task cannot be used.
     """
     base = open_checkpoint(comparison.experiment.base)
     bases = {"": base} | {
@@ -111,6 +113,7 @@ def prepare(
                 "read the same tokens; give bases with one tokenizer"
             )
     questions = load_questions(comparison)
+    _check_contenders(comparison, bases)
     folder = workdir / "records"
     prepare_records(
         folder,
@@ -123,6 +126,15 @@ def prepare(
     records = {name: load_records(folder, name, verify=True) for name in splits}
     hashes = {name: split.sha256 for name, split in splits.items()}
     return Setting(comparison, bases, records, hashes, questions, workdir, results, command, say)
+
+
+def _check_contenders(comparison: Comparison, bases: Mapping[str, CheckpointSource]) -> None:
+    """Finds what cannot be grown before hours are spent on others."""
+    for contender in comparison.contenders:
+        try:
+            plan_expansion(bases[contender.base], contender.upscale)
+        except UserError as error:
+            raise UserError(f"contender {contender.name}: {error}") from None
 
 
 def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -310,10 +322,18 @@ def _grow(setting: Setting, contender: Contender) -> Path:
             contender.upscale,
             folder,
             probe_BT=probe_tokens(base),
+            calibration_BT=_calibration_tokens(setting.records["train"]),
             max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
             say=setting.say,
         )
     return folder
+
+
+def _calibration_tokens(records: Records) -> np.ndarray:
+    """4,096 tokens, in rows of as many documents."""
+    number = max(1, min(len(records), 4096 // records.sequence_length))
+    rows = np.linspace(0, len(records) - 1, number).astype(int)
+    return records.rows(rows.tolist())["tokens"][:, :-1]
 
 
 def _curve(experiment: Experiment, folder: Path, done: TrainingResult | None) -> dict[str, Any]:

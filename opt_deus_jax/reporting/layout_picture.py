@@ -24,6 +24,7 @@ _MADE = {
     "random": ("random", ""),
     "predicted": ("f(A, B)", "AB"),
     "twin": ("half of B, twice", "B"),
+    "twin_previous": ("half of A, twice", "A"),
 }
 
 

@@ -66,7 +66,7 @@ def balance_branches(block: Block, config: ModelConfig) -> dict[str, np.ndarray]
         UserError: The block has parameters that are not known here.
         ValueError: Output or down is not zero: its function would change.
     """
-    check_parameters(block, "config field upscale.balance=True")
+    check_parameters(block, "config field upscale.balance='kernels'")
     if block["output_kernel"].any() or block["down_kernel"].any():
         raise ValueError("only a block whose output and down kernels are zero can be balanced")
     offset = config.norm.offset

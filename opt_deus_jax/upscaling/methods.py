@@ -17,7 +17,8 @@ class Method:
     Attributes:
         layout: Where new layers go.
         weights: How a new layer is made from its parents: transport, average, copy_previous,
-            copy_next, half_next, random, twin or predicted; empty where no layer is fused.
+            copy_next, half_next, random, twin, twin_previous or predicted; empty where no
+            layer is fused.
         zero_init: Whether the kernels that end the residual branches start at zero.
         trained: `new`, `all` or a regular expression, as `upscale.trained`.
         output_scale: Without `zero_init`: a factor on those kernels.
@@ -43,6 +44,7 @@ METHODS = {
     "random": Method("top", "random", zero_init=True, trained="new"),
     # Zero as a sum, not as a kernel.
     "twin": Method("top", "twin", zero_init=False, trained="new"),
+    "twin_previous": Method("top", "twin_previous", zero_init=False, trained="new"),
 }
 
 
@@ -83,10 +85,11 @@ def resolve_method(config: UpscaleConfig) -> Method:
         raise UserError(
             f"config field upscale.layout={method.layout!r}: 'stack' goes with method 'solar' only"
         )
-    if method.weights == "twin" and method.zero_init:
+    if method.weights.startswith("twin") and method.zero_init:
         raise UserError(
-            "config field upscale.zero_init=True: method 'twin' starts as the identity with down "
-            "kernels that are not zero; leave upscale.zero_init and upscale.output_scale at None"
+            f"config field upscale.zero_init=True: method {config.method!r} starts as the "
+            "identity with down kernels that are not zero; leave upscale.zero_init and "
+            "upscale.output_scale at None"
         )
     if method.layout == "stack" and method.zero_init:
         raise UserError("config field upscale.zero_init=True: method 'solar' keeps its copies")
@@ -141,10 +144,19 @@ def _check_conditioning(config: UpscaleConfig, method: Method) -> None:
             f"config field upscale.branch_scale={scale}: method {config.method!r} makes no new "
             "weights; leave it at 1"
         )
+    if config.balance not in ("", "kernels", "activations"):
+        raise UserError(
+            f"config field upscale.balance={config.balance!r}: use kernels, activations or ''"
+        )
     if config.balance and not method.zero_init:
         raise UserError(
-            "config field upscale.balance=True: keeps the function only where new layers start at "
-            "zero; set upscale.zero_init=True or balance to False"
+            f"config field upscale.balance={config.balance!r}: keeps the function only where new "
+            "layers start at zero; set upscale.zero_init=True or balance to ''"
+        )
+    if config.balance == "activations" and not method.weights.startswith("copy"):
+        raise UserError(
+            "config field upscale.balance='activations': only a copied layer can be measured; use "
+            "a method that copies"
         )
 
 
@@ -159,7 +171,7 @@ def layer_parents(method: Method, layers: Sequence[LayerOrigin]) -> tuple[int, .
         For a copy the layer that it is a copy of; for other new layers the one above, onto whose
         neurons transport moves those of the one below.
     """
-    return parents_of(layers, prefer_previous=method.weights == "copy_previous")
+    return parents_of(layers, prefer_previous=method.weights.endswith("_previous"))
 
 
 def plan_layers(

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from opt_deus_jax.comparison.running import prepare
+from opt_deus_jax.config import Contender, UpscaleConfig
+from opt_deus_jax.errors import UserError
 from tests.entry.launching import begin, fail, succeed
+from tests.entry.tiny_comparison import get_config
 from tests.evaluation.questions import write_questions
 
 # What depends on the clock.
@@ -156,6 +160,20 @@ def test_missing_questions_are_found_before_anything_is_made(arguments: list[str
     missing = f"--config.experiment.evaluation.local_data={folder}"
     error = fail("compare", *arguments[:-1], missing, f"--workdir={work}")
     assert str(folder) in error
+    assert not list(work.iterdir())
+
+
+def test_a_contender_that_cannot_be_grown_is_found_before_others_are_trained(
+    base: Path, tmp_path: Path
+):
+    (work := tmp_path / "work").mkdir()
+    comparison = get_config()
+    comparison.experiment.base = str(base)
+    comparison.questions = comparison.perplexity_pages = 0
+    uneven = UpscaleConfig(method="copy_next", num_new_layers=3, layout="uniform")
+    comparison.contenders += (Contender("uneven", uneven),)
+    with pytest.raises(UserError, match=r"contender uneven: .*num_new_layers=3"):
+        prepare(comparison, workdir=work, results=work, command="", say=print)
     assert not list(work.iterdir())
 
 

@@ -97,5 +97,5 @@ def test_a_block_with_other_parameters_is_refused():
     other = random_block(config, 0) | {"value_norm": np.ones(config.head_dim, np.float32)}
     with pytest.raises(UserError, match=r"branch_scale=2.0: what leaves a block with value_norm"):
         scale_branches(other, 2.0)
-    with pytest.raises(UserError, match="balance=True: what leaves a block with value_norm"):
+    with pytest.raises(UserError, match="balance='kernels': what leaves a block with value_norm"):
         balance_branches(other, config)

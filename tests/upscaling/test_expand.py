@@ -212,7 +212,7 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
     assert manifest.options == {
         **{"layout": "top", "weights": "transport", "zero_init": True, "trained": "new"},
         **{"output_scale": 1.0, "num_new_layers": 2, "transport": "barycentric", "epsilon": 0.01},
-        **{"fusion": "mean", "branch_scale": 1.0, "balance": False},
+        **{"fusion": "mean", "branch_scale": 1.0, "balance": ""},
     }
     assert manifest.trained == "new"
     assert manifest.layers == tuple(dataclasses.asdict(o) for o in plan_layout("top", 6, 2))
@@ -244,7 +244,7 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
             {"transport": "symmetric", "epsilon": 0.1, "branch_scale": 2.0},
             {"transport": "symmetric", "epsilon": 0.1, "branch_scale": 2.0},
         ),
-        ({"method": "copy_next", "balance": True}, {"balance": True}),
+        ({"method": "copy_next", "balance": "kernels"}, {"balance": "kernels"}),
         ({"method": "copy_next", "trained": "all"}, {"trained": "all"}),
         ({"method": "random", "seed": 7}, {"seed": 7}),
     ],

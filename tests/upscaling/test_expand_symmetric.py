@@ -60,7 +60,7 @@ def test_symmetric_fusion_from_a_config_to_a_picture(tmp_path, base, base_logits
 
 @pytest.mark.parametrize("method", ["copy_next", "random", "opt_deus"])
 def test_conditioned_branches_leave_the_identity(tmp_path, base, method):
-    fields = {"method": method, "num_new_layers": 2, "balance": True, "branch_scale": 3.0}
+    fields = {"method": method, "num_new_layers": 2, "balance": "kernels", "branch_scale": 3.0}
     assert expand(base, tmp_path / "grown", **fields).identity.bit_identical
 
 
