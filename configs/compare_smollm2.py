@@ -5,12 +5,13 @@ given its own learning rate by a sweep. Text and questions: --config.experiment.
 --config.experiment.data.held_out=FILES, --config.experiment.evaluation.local_data=FOLDER.
 
 Variants: none for two CPU cores (102,400 tokens a run); `ideas` for the ways to beat a copy at the
-same place, on a fifth of the tokens; `confirm` for the best of them beside both copies where it was
-not chosen: 30 -> 38 layers, in the middle, on text of another kind, of which documents are held out
-(data.held_out stays empty); `gpu` for one GPU (50M tokens a run, the paper's context of 2048; never
-run yet); `smoke` to try it out; `tuned` for all parameters of the published presets, as a
-comparison with --workdir=runs/compare trained them, tuned on instructions
-(--config.experiment.data.train=ROWS, as in configs/fine_tune.py) on two CPU cores.
+same place, on a fifth of the tokens (what is ahead of both copies there is to join the others);
+`confirm` for the default transport beside both copies where no idea was chosen: 30 -> 38 layers,
+in the middle, on text of another kind, of which documents are held out (data.held_out stays empty);
+`gpu` for one GPU (50M tokens a run, the paper's context of 2048; never run yet); `smoke` to try it
+out; `tuned` for all parameters of the published presets, as a comparison with
+--workdir=runs/compare trained them, tuned on instructions (--config.experiment.data.train=ROWS, as
+in configs/fine_tune.py) on two CPU cores.
 
     python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
     python -m experiments.compare --config=configs/compare_smollm2.py:ideas --workdir=runs/ideas
@@ -28,21 +29,7 @@ from opt_deus_jax.errors import UserError
 _NUM_NEW = 15
 _PRESETS = ("base", "solar", "llama_pro", "average", "opt_deus_barycentric")
 _COPIES = ("copy_next", "copy_previous")
-_IDEAS = (
-    "opt_deus_barycentric",
-    "barycentric_rescaled",
-    "symmetric",
-    "symmetric_rescaled",
-    "symmetric_matched",
-    "symmetric_select",
-    "twin",
-    "twin_previous",
-    "copy_next_tenth",
-    "copy_next_branches",
-    "copy_next_balanced",
-    "copy_previous_white",
-    "random",
-)
+_BESIDE_IDEAS = (*_COPIES, "opt_deus_barycentric", "random")
 _PLACES = ("middle", "bottom", "top_and_bottom", "uniform")
 
 
@@ -60,17 +47,6 @@ def _contenders() -> tuple[Contender, ...]:
         _contender("opt_deus_reference", "opt_deus", transport="reference"),
         _contender("random", "random"),
         _contender("opt_deus_assignment", "opt_deus", transport="assignment"),
-        _contender("symmetric", "opt_deus", transport="symmetric"),
-        _contender("symmetric_rescaled", "opt_deus", transport="symmetric", fusion="rescaled"),
-        _contender("symmetric_matched", "opt_deus", transport="symmetric", fusion="matched"),
-        _contender("symmetric_select", "opt_deus", transport="symmetric", fusion="select"),
-        _contender("barycentric_rescaled", "opt_deus", fusion="rescaled"),
-        _contender("twin", "twin", 1.25e-4),
-        _contender("twin_previous", "twin_previous", 1.25e-4),
-        _contender("copy_next_tenth", "copy_next", output_scale=0.1),
-        _contender("copy_next_branches", "copy_next", 6.25e-5, branch_scale=4.0),
-        _contender("copy_next_balanced", "copy_next", balance="kernels"),
-        _contender("copy_previous_white", "copy_previous", 6.25e-5, balance="activations"),
         _contender("average_zero", "average", zero_init=True),
         _contender("half_next", "half_next"),
         _contender("average", "average"),
@@ -89,15 +65,49 @@ def _contenders() -> tuple[Contender, ...]:
     return (*same_place, *presets, *places, *learned)
 
 
+def _idea_contenders() -> tuple[Contender, ...]:
+    return (
+        _contender("barycentric_rescaled", "opt_deus", fusion="rescaled"),
+        _contender("symmetric", "opt_deus", transport="symmetric"),
+        _contender("symmetric_rescaled", "opt_deus", transport="symmetric", fusion="rescaled"),
+        _contender("symmetric_matched", "opt_deus", transport="symmetric", fusion="matched"),
+        _contender("symmetric_select", "opt_deus", transport="symmetric", fusion="select"),
+        _contender("copy_next_tenth", "copy_next", output_scale=0.1),
+    )
+
+
 def _ideas(shared: Experiment) -> Comparison:
     """Ideas at the top beside both copies, on a fifth of the tokens: rates, then three seeds."""
     shared.optimizer.learning_rate = 5e-4
     shared.optimizer.warmup_steps = 4
     shared.training.steps, shared.training.batch_size = 40, 2
-    by_name = {contender.name: contender for contender in _contenders()}
-    contenders = tuple(by_name[name] for name in (*_COPIES, *_IDEAS))
     # A rate is tried for all of the steps: they are few, and the best rate hangs on their number.
+    others = tuple(contender for contender in _contenders() if contender.name in _BESIDE_IDEAS)
+    contenders = (*others, *_idea_contenders())
     return Comparison(shared, contenders, sweep_fraction=1.0, evaluations=1, references=_COPIES)
+
+
+def _confirm(shared: Experiment) -> Comparison:
+    """The default transport beside both copies: another place, depth and text."""
+    shared.optimizer.warmup_steps = 4
+    shared.training.steps = 40
+    contenders = tuple(
+        _contender(name, method, 1e-3, num_new_layers=8, layout="middle")
+        for name, method in (
+            ("copy_next", "copy_next"),
+            ("copy_previous", "copy_previous"),
+            ("opt_deus_barycentric", "opt_deus"),
+        )
+    )
+    return Comparison(
+        shared,
+        contenders,
+        sweep_fraction=1.0,
+        evaluations=2,
+        questions=20,
+        perplexity_pages=2,
+        references=_COPIES,
+    )
 
 
 def _tuned(shared: Experiment) -> Comparison:
@@ -111,30 +121,6 @@ def _tuned(shared: Experiment) -> Comparison:
     )
     references = ("base", "llama_pro")
     return Comparison(shared, contenders, questions=20, perplexity_pages=2, references=references)
-
-
-def _confirm(shared: Experiment) -> Comparison:
-    """The best idea beside both copies: another place, depth and text."""
-    shared.optimizer.warmup_steps = 4
-    shared.training.steps = 40
-    contenders = tuple(
-        _contender(name, method, 1e-3, num_new_layers=8, layout="middle")
-        for name, method in (
-            ("copy_next", "copy_next"),
-            ("copy_previous", "copy_previous"),
-            ("opt_deus_barycentric", "opt_deus"),
-            ("twin", "twin"),
-        )
-    )
-    return Comparison(
-        shared,
-        contenders,
-        sweep_fraction=1.0,
-        evaluations=2,
-        questions=20,
-        perplexity_pages=2,
-        references=_COPIES,
-    )
 
 
 def get_config(variant: str = "") -> Comparison:
@@ -152,10 +138,10 @@ def get_config(variant: str = "") -> Comparison:
     comparison = Comparison(
         shared, _contenders(), questions=20, perplexity_pages=2, exported=_PRESETS
     )
-    if variant == "confirm":
-        return _confirm(shared)
     if variant == "ideas":
         return _ideas(shared)
+    if variant == "confirm":
+        return _confirm(shared)
     if variant == "tuned":
         return _tuned(shared)
     if variant == "gpu":

@@ -68,11 +68,6 @@ class UpscaleConfig:
         zero_init: Whether o_proj and down_proj of new layers start at zero; None: as published.
         output_scale: In place of `zero_init`: a factor on o_proj and down_proj of new layers; 0
             zeroes them. Anything else gives up the identity.
-        branch_scale: A factor on the value and up kernels of new layers, undone in o_proj and
-            down_proj: the same function, in which steps of those two weigh that much more.
-        balance: In new layers that start at zero, even out the values of a head and the sizes of
-            the rows of up: the same function. `kernels` by their norms; `activations`, in a
-            comparison, by what a copied layer computes on training text.
         trained: `new`, `all`, `published`, or a regular expression: what it finds in the Hugging
             Face name of a tensor is trained.
         lesa_norms: For `method="lesa"`: norms and biases of new layers. `mean` of their parents';
@@ -89,8 +84,6 @@ class UpscaleConfig:
     fusion: str = "mean"
     zero_init: bool | None = None
     output_scale: float | None = None
-    branch_scale: float = 1.0
-    balance: str = ""
     trained: str = AS_PUBLISHED
     lesa_norms: str = "mean"
     seed: int = 0

@@ -73,7 +73,7 @@ if not runs:
 
 # %% [markdown]
 # ## Choose
-# `present(["copy_next", "twin"], ["top"])` shows these contenders at these places of the new
+# `present(["copy_next", "random"], ["top"])` shows these contenders at these places of the new
 # layers; empty lists take all. References are always there.
 
 # %%

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
@@ -322,18 +321,10 @@ def _grow(setting: Setting, contender: Contender) -> Path:
             contender.upscale,
             folder,
             probe_BT=probe_tokens(base),
-            calibration_BT=_calibration_tokens(setting.records["train"]),
             max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
             say=setting.say,
         )
     return folder
-
-
-def _calibration_tokens(records: Records) -> np.ndarray:
-    """4,096 tokens, in rows of as many documents."""
-    number = max(1, min(len(records), 4096 // records.sequence_length))
-    rows = np.linspace(0, len(records) - 1, number).astype(int)
-    return records.rows(rows.tolist())["tokens"][:, :-1]
 
 
 def _curve(experiment: Experiment, folder: Path, done: TrainingResult | None) -> dict[str, Any]:

@@ -23,8 +23,6 @@ _MADE = {
     "half_next": ("B / 2", "B"),
     "random": ("random", ""),
     "predicted": ("f(A, B)", "AB"),
-    "twin": ("half of B, twice", "B"),
-    "twin_previous": ("half of A, twice", "A"),
 }
 
 

@@ -159,7 +159,6 @@ def expand_checkpoint(
     probe_BT: Int[np.ndarray, "b t"],
     max_shard_bytes: int,
     devices: Sequence[Any] = (),
-    calibration_BT: Int[np.ndarray, "b t"] | None = None,
     team: Team = ALONE,
     on_layer: Callable[[LayerOrigin], object] = lambda origin: None,
     draw: Draw = lambda directory, pictures, reports: None,
@@ -179,7 +178,6 @@ def expand_checkpoint(
         probe_BT: Token ids on which the grown model is run against its base.
         max_shard_bytes: Size above which safetensors are split.
         devices: What fuses, a gap each at a time; none for the default device.
-        calibration_BT: Token ids for `upscale.balance='activations'`.
         team: The processes that share the files.
         on_layer: Called before each layer is made, for progress.
         draw: Leaves a picture; given the folder, the first new layer's pictures and all reports.
@@ -193,7 +191,7 @@ def expand_checkpoint(
             the disk is full, the folder exists, or an identity is not one.
     """
     plan = plan_expansion(source, upscale)
-    grown = GrownTensors(source, plan, devices, on_layer, calibration_BT)
+    grown = GrownTensors(source, plan, devices, on_layer)
     shards = plan_shards(grown.stored, max_shard_bytes)
     own = share_out(shards, grown.fused_depth, team.count)[team.index]
     name, first = str(directory), team.is_first

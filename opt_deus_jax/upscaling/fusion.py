@@ -15,16 +15,13 @@ from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.transport.diagnostics import MapPicture, MatrixReport, picture_of, report
 from opt_deus_jax.transport.plan import Plan, ScaledKernel, is_wide, move_columns
 from opt_deus_jax.transport.sinkhorn import DEFAULT_RELATIVE_EPSILON, REFERENCE_EPSILON
-from opt_deus_jax.upscaling.activations import Moments, whiten_branches
 from opt_deus_jax.upscaling.alignment import align, average_aligned
 from opt_deus_jax.upscaling.blending import restore_rows
-from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
 from opt_deus_jax.upscaling.experts import EXPERT_PARAMETERS, fuse_experts
 from opt_deus_jax.upscaling.features import shift_norms
 from opt_deus_jax.upscaling.lesa import Lesa, predict_block
 from opt_deus_jax.upscaling.new_block import Block, Fused
 from opt_deus_jax.upscaling.symmetric import fuse_symmetric
-from opt_deus_jax.upscaling.twin import twin_block
 
 
 def transport_epsilon(transport: str, epsilon: float | None) -> float:
@@ -225,9 +222,6 @@ def fuse_blocks(
     epsilon: float | None = None,
     fusion: str = "mean",
     output_scale: float = 1.0,
-    branch_scale: float = 1.0,
-    balance: str = "",
-    moments: Moments | None = None,
     seed: int = 0,
     lesa: Lesa | None = None,
 ) -> Fused:
@@ -238,16 +232,12 @@ def fuse_blocks(
         next_: Parent B, likewise.
         config: The network.
         weights: transport, average, copy_previous, copy_next, half_next (B's kernels and biases
-            halved, its norms kept), random (N(0, 0.02), norms 1), twin or twin_previous
-            (`twin_block` of B or A) or predicted (`predict_block`).
+            halved, its norms kept), random (N(0, 0.02), norms 1) or predicted (`predict_block`).
         zero_init: Make the block the identity, by `identity_values`.
         transport: For `transport`: reference, barycentric, assignment or symmetric.
         epsilon: For `transport`: entropy; None takes the transport's own, for `symmetric` none.
         fusion: For `transport` and `average`: how the two are mixed (`blending.FUSIONS`).
         output_scale: Without `zero_init`: a factor on what `identity_values` would fix.
-        branch_scale: See `scale_branches`.
-        balance: With `zero_init`: kernels (`balance_branches`) or activations (`whiten_branches`).
-        moments: For `activations`: of the layer that is copied.
         seed: For `random`; give each new layer its own.
         lesa: For `predicted`: from `learn_block` with the same `zero_init`.
 
@@ -266,13 +256,6 @@ def fuse_blocks(
         block = _make_otherwise(previous, next_, config, weights, fusion, seed, lesa)
         made = Fused(block, (), {})
     block = _end_branches(made.block, config, zero_init, output_scale)
-    if balance == "activations":
-        assert moments is not None
-        block = whiten_branches(block, moments, config)
-    if balance == "kernels":
-        block = balance_branches(block, config)
-    if branch_scale != 1:
-        block = scale_branches(block, branch_scale)
     return made._replace(block=block, pictures=_pictures(made))
 
 
@@ -319,10 +302,6 @@ def _make_otherwise(
         return _halved(next_)
     if weights == "random":
         return _random_block(config, seed)
-    if weights == "twin":
-        return twin_block(next_, config)
-    if weights == "twin_previous":
-        return twin_block(previous, config)
     if weights == "predicted" and lesa is not None:
         return predict_block(lesa, previous, next_)
     raise ValueError(f"weights={weights!r} is not a way to make a new block")

@@ -15,7 +15,6 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.model_config import ModelConfig, grown_hf_config, read_model_config
 from opt_deus_jax.models.params import ParamSpec, block_specs, outer_specs
 from opt_deus_jax.transport.diagnostics import MatrixReport
-from opt_deus_jax.upscaling.activations import FIELD, Moments, base_moments
 from opt_deus_jax.upscaling.base_tensors import BaseTensors, parent_block
 from opt_deus_jax.upscaling.experts import check_parents
 from opt_deus_jax.upscaling.fusion import fuse_blocks
@@ -104,11 +103,7 @@ def _planned_tensors(
 
 
 def _fuse_layer(
-    read: Callable[[str], np.ndarray],
-    plan: ExpansionPlan,
-    origin: LayerOrigin,
-    lesa: Lesa | None,
-    moments: Sequence[Moments],
+    read: Callable[[str], np.ndarray], plan: ExpansionPlan, origin: LayerOrigin, lesa: Lesa | None
 ) -> Fused:
     if origin.previous is None:
         raise ValueError(f"layer {origin.depth} has no parent")
@@ -124,9 +119,6 @@ def _fuse_layer(
         epsilon=plan.upscale.epsilon,
         fusion=plan.upscale.fusion,
         output_scale=plan.method.output_scale,
-        branch_scale=plan.upscale.branch_scale,
-        balance=plan.upscale.balance,
-        moments=moments[plan.parents[origin.depth]] if moments else None,
         seed=plan.upscale.seed + origin.depth,
         lesa=lesa,
     )
@@ -162,7 +154,6 @@ class GrownTensors:
         plan: ExpansionPlan,
         devices: Sequence[Any],
         on_layer: Callable[[LayerOrigin], object],
-        calibration_BT: np.ndarray | None,
     ):
         """Makes nothing yet.
 
@@ -171,15 +162,7 @@ class GrownTensors:
             plan: What is made of it.
             devices: What fuses, one gap each at a time; none for the default device.
             on_layer: Called before each layer is made or told of.
-            calibration_BT: Token ids that `upscale.balance='activations'` measures the base on.
-
-        Raises:
-            UserError: There are none, and it asks for them.
         """
-        if plan.upscale.balance == "activations" and calibration_BT is None:
-            raise UserError(f"{FIELD}: there is no text here to measure on; only in a comparison")
-        self._source, self._calibration_BT = source, calibration_BT
-        self._moments: Sequence[Moments] = ()
         self._plan, self._devices, self._on_layer = plan, devices, on_layer
         self._base = BaseTensors(source)
         self._planned = _planned_tensors(source, plan)
@@ -227,9 +210,6 @@ class GrownTensors:
         layers = [self._plan.layers[depth] for depth in depths if depth is not None]
         if layers and self._plan.method.weights == "predicted":
             self._learn()
-        if layers and self._plan.upscale.balance == "activations":
-            assert self._calibration_BT is not None
-            self._moments = base_moments(self._source, self._calibration_BT)
         self._ahead = Lookahead(self._fuse, layers, self._devices)
         try:
             yield
@@ -286,7 +266,7 @@ class GrownTensors:
 
     def _fuse(self, origin: LayerOrigin) -> _FusedLayer:
         used = dict(self._learned_of)
-        fused = _fuse_layer(self._recording(used), self._plan, origin, self._lesa, self._moments)
+        fused = _fuse_layer(self._recording(used), self._plan, origin, self._lesa)
         _check_converged(origin.depth, fused.reports)
         tensors: dict[str, np.ndarray] = {}
         for key, spec in _specs(self._plan, origin).items():

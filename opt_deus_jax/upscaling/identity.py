@@ -21,7 +21,8 @@ from opt_deus_jax.models.language_model import (
 )
 from opt_deus_jax.models.layer_kinds import LayerKind
 from opt_deus_jax.models.model_config import ModelConfig, read_model_config
-from opt_deus_jax.models.params import block_specs, outer_specs
+from opt_deus_jax.models.params import outer_specs
+from opt_deus_jax.upscaling.base_tensors import parent_block
 
 # Of the vocabulary: with a width of 4096 they take 0.3 GB in float32, all 128256 of Llama 3 2.1 GB.
 _ROWS_AT_ONCE = 16_384
@@ -108,8 +109,6 @@ def streamed_logits(
         float32 [b, t, v].
     """
     config = read_model_config(source.hf_config, source.name)
-    # Depth is not part of the block's computation; leaving it in would compile a block per depth.
-    kinds, config = config.layer_kinds, dataclasses.replace(config, layer_kinds=())
     if to_all_experts and config.experts is not None:
         experts = dataclasses.replace(config.experts, per_token=config.experts.number)
         config = dataclasses.replace(config, experts=experts)
@@ -118,14 +117,13 @@ def streamed_logits(
     def load(hf_name: str) -> Array:
         return jnp.asarray(source.read(hf_name).astype(np.float32))
 
-    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-    inputs = causal_inputs(config, jnp.asarray(positions_BT))
+    # Depth is not part of the block's computation; leaving it in would compile a block per depth.
+    whole, config = config, dataclasses.replace(config, layer_kinds=())
     x_BTD = _embedded(source, outer["embedding"].hf_name, tokens_BT, config)
-    for layer, kind in enumerate(kinds):
-        block = {
-            name: load(spec.hf_name.format(layer=layer))
-            for name, spec in block_specs(config, kind).items()
-        }
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+    inputs = causal_inputs(config, positions_BT)
+    for layer, kind in enumerate(whole.layer_kinds):
+        block = {k: jnp.asarray(v) for k, v in parent_block(source.read, whole, layer).items()}
         x_BTD = _step(config, kind, block, x_BTD, inputs).block_until_ready()
         # Or the next one would be read beside it.
         del block

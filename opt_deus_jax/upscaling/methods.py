@@ -17,8 +17,7 @@ class Method:
     Attributes:
         layout: Where new layers go.
         weights: How a new layer is made from its parents: transport, average, copy_previous,
-            copy_next, half_next, random, twin, twin_previous or predicted; empty where no
-            layer is fused.
+            copy_next, half_next, random or predicted; empty where no layer is fused.
         zero_init: Whether the kernels that end the residual branches start at zero.
         trained: `new`, `all` or a regular expression, as `upscale.trained`.
         output_scale: Without `zero_init`: a factor on those kernels.
@@ -42,9 +41,6 @@ METHODS = {
     "copy_next": Method("top", "copy_next", zero_init=True, trained="new"),
     "half_next": Method("top", "half_next", zero_init=True, trained="new"),
     "random": Method("top", "random", zero_init=True, trained="new"),
-    # Zero as a sum, not as a kernel.
-    "twin": Method("top", "twin", zero_init=False, trained="new"),
-    "twin_previous": Method("top", "twin_previous", zero_init=False, trained="new"),
 }
 
 
@@ -85,16 +81,9 @@ def resolve_method(config: UpscaleConfig) -> Method:
         raise UserError(
             f"config field upscale.layout={method.layout!r}: 'stack' goes with method 'solar' only"
         )
-    if method.weights.startswith("twin") and method.zero_init:
-        raise UserError(
-            f"config field upscale.zero_init=True: method {config.method!r} starts as the "
-            "identity with down kernels that are not zero; leave upscale.zero_init and "
-            "upscale.output_scale at None"
-        )
     if method.layout == "stack" and method.zero_init:
         raise UserError("config field upscale.zero_init=True: method 'solar' keeps its copies")
     _check_fusion(config, method)
-    _check_conditioning(config, method)
     return method
 
 
@@ -135,31 +124,6 @@ def _check_fusion(config: UpscaleConfig, method: Method) -> None:
         )
 
 
-def _check_conditioning(config: UpscaleConfig, method: Method) -> None:
-    scale = config.branch_scale
-    if not (math.isfinite(scale) and scale > 0):
-        raise UserError(f"config field upscale.branch_scale={scale}: must be positive")
-    if scale != 1 and not method.weights:
-        raise UserError(
-            f"config field upscale.branch_scale={scale}: method {config.method!r} makes no new "
-            "weights; leave it at 1"
-        )
-    if config.balance not in ("", "kernels", "activations"):
-        raise UserError(
-            f"config field upscale.balance={config.balance!r}: use kernels, activations or ''"
-        )
-    if config.balance and not method.zero_init:
-        raise UserError(
-            f"config field upscale.balance={config.balance!r}: keeps the function only where new "
-            "layers start at zero; set upscale.zero_init=True or balance to ''"
-        )
-    if config.balance == "activations" and not method.weights.startswith("copy"):
-        raise UserError(
-            "config field upscale.balance='activations': only a copied layer can be measured; use "
-            "a method that copies"
-        )
-
-
 def layer_parents(method: Method, layers: Sequence[LayerOrigin]) -> tuple[int, ...]:
     """The base layer whose kind and dtype each layer of the grown model has.
 
@@ -171,7 +135,7 @@ def layer_parents(method: Method, layers: Sequence[LayerOrigin]) -> tuple[int, .
         For a copy the layer that it is a copy of; for other new layers the one above, onto whose
         neurons transport moves those of the one below.
     """
-    return parents_of(layers, prefer_previous=method.weights.endswith("_previous"))
+    return parents_of(layers, prefer_previous=method.weights == "copy_previous")
 
 
 def plan_layers(

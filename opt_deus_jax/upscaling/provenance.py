@@ -24,8 +24,6 @@ def _options(plan: ExpansionPlan) -> dict[str, Any]:
             options["epsilon"] = transport_epsilon(plan.upscale.transport, plan.upscale.epsilon)
         elif plan.upscale.epsilon is not None:
             options["epsilon"] = plan.upscale.epsilon
-    if plan.method.weights:
-        options |= {"branch_scale": plan.upscale.branch_scale, "balance": plan.upscale.balance}
     if plan.method.weights in ("transport", "average"):
         options["fusion"] = plan.upscale.fusion
     if plan.method.weights in ("random", "predicted"):

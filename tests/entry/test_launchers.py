@@ -109,9 +109,9 @@ def test_running_again_does_nothing_or_refuses(workdir: Path, flags: list[str]) 
 
 
 def test_two_processes_grow_the_model_of_one(flags: list[str], tmp_path: Path) -> None:
-    arguments = [*flags[:-1], f"--workdir={tmp_path}", "--config.max_shard_bytes=20000"]
-    succeed("expand", *flags[:-1], f"--workdir={tmp_path / 'one'}", arguments[-1])
-    first, second = launch_together("expand", 2, *arguments)
+    arguments = [*flags[:-1], "--config.max_shard_bytes=20000"]
+    succeed("expand", *arguments, f"--workdir={tmp_path / 'one'}")
+    first, second = launch_together("expand", 2, *arguments, f"--workdir={tmp_path}")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "bit for bit" in first.stdout
     assert second.stdout == ""

@@ -212,7 +212,7 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
     assert manifest.options == {
         **{"layout": "top", "weights": "transport", "zero_init": True, "trained": "new"},
         **{"output_scale": 1.0, "num_new_layers": 2, "transport": "barycentric", "epsilon": 0.01},
-        **{"fusion": "mean", "branch_scale": 1.0, "balance": ""},
+        "fusion": "mean",
     }
     assert manifest.trained == "new"
     assert manifest.layers == tuple(dataclasses.asdict(o) for o in plan_layout("top", 6, 2))
@@ -241,10 +241,9 @@ def test_the_manifest_tells_how_the_model_was_made(tmp_path, base):
         ({"transport": "symmetric"}, {"transport": "symmetric", "fusion": "mean"}),
         ({"method": "average", "fusion": "rescaled"}, {"fusion": "rescaled"}),
         (
-            {"transport": "symmetric", "epsilon": 0.1, "branch_scale": 2.0},
-            {"transport": "symmetric", "epsilon": 0.1, "branch_scale": 2.0},
+            {"transport": "symmetric", "epsilon": 0.1},
+            {"transport": "symmetric", "epsilon": 0.1},
         ),
-        ({"method": "copy_next", "balance": "kernels"}, {"balance": "kernels"}),
         ({"method": "copy_next", "trained": "all"}, {"trained": "all"}),
         ({"method": "random", "seed": 7}, {"seed": 7}),
     ],
@@ -253,7 +252,7 @@ def test_options_that_had_an_effect_are_in_the_manifest(tmp_path, base, fields, 
     made = expand(base, tmp_path / "grown", num_new_layers=1, **fields)
     assert made.manifest.options.items() >= options.items()
     assert made.manifest.options.keys() & {"transport", "epsilon", "seed"} == options.keys() - {
-        *("trained", "fusion", "branch_scale", "balance")
+        *("trained", "fusion")
     }
     assert made.manifest.trained == options.get("trained", "new")
 

@@ -11,14 +11,11 @@ from opt_deus_jax.errors import UserError
 from opt_deus_jax.models.params import block_specs, identity_values
 from opt_deus_jax.reporting.plots import PICTURE, plot_diagnostics
 from opt_deus_jax.upscaling import fusion
-from opt_deus_jax.upscaling.conditioning import balance_branches, scale_branches
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.experts import EXPERT_PARAMETERS, match_experts
 from opt_deus_jax.upscaling.fusion import fuse_blocks
-from opt_deus_jax.upscaling.twin import twin_block
 from tests.families import load, oracle, write
 from tests.llama_checkpoints import oracle_logits, tokens
-from tests.upscaling.symmetry_copies import run_block
 from tests.upscaling.test_symmetric_families import blocks_of, shuffled_neurons
 
 TRANSPORTS = ("reference", "barycentric", "assignment", "symmetric")
@@ -134,7 +131,6 @@ MLP = ("gate", "up", "down")
     ("fields", "is_identity"),
     [
         *(({"method": "opt_deus", "transport": name}, True) for name in TRANSPORTS),
-        ({"method": "opt_deus", "branch_scale": 4.0}, True),
         ({"method": "opt_deus", "transport": "symmetric", "fusion": "select"}, True),
         ({"method": "random"}, True),
         ({"method": "half_next"}, True),
@@ -211,13 +207,6 @@ def test_layers_with_and_without_experts_are_not_mixed(tmp_path):
         np.testing.assert_allclose(oracle_logits(model, tokens_BT), expected, rtol=0, atol=1e-5)
 
 
-def test_scaled_branches_compute_the_same():
-    config, (a, *_) = blocks_of("mixtral")
-    scaled = scale_branches(a, 4.0)
-    np.testing.assert_array_equal(scaled["experts_up_kernel"], 4 * a["experts_up_kernel"])
-    np.testing.assert_array_equal(run_block(config, scaled), run_block(config, a))
-
-
 def test_layers_with_experts_and_others_are_drawn_in_one_picture(tmp_path):
     config, (a, b, *_) = blocks_of("mixtral")
     options = {"weights": "transport", "transport": "assignment", "zero_init": True}
@@ -228,16 +217,3 @@ def test_layers_with_experts_and_others_are_drawn_in_one_picture(tmp_path):
         plot_diagnostics(tmp_path, lowest.pictures, {2: lowest.reports, 4: other.reports})
         assert (tmp_path / PICTURE).stat().st_size > 10_000
         (tmp_path / PICTURE).unlink()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (twin_block, "upscale.method='twin': .* experts_down_kernel .*use another"),
-        (balance_branches, "upscale.balance=.kernels.: .* experts_down_kernel .*use another"),
-    ],
-)
-def test_what_does_not_know_experts_refuses_them(make, message):
-    config, (a, *_) = blocks_of("mixtral")
-    with pytest.raises(UserError, match=message):
-        make(a, config)

@@ -21,8 +21,6 @@ from opt_deus_jax.upscaling.methods import METHODS, Method, plan_layers, resolve
         ("copy_next", "top", "copy_next", True, "new"),
         ("half_next", "top", "half_next", True, "new"),
         ("random", "top", "random", True, "new"),
-        ("twin", "top", "twin", False, "new"),
-        ("twin_previous", "top", "twin_previous", False, "new"),
     ],
 )
 def test_each_preset_is_what_its_paper_says(name, layout, weights, zero_init, trained):
@@ -79,28 +77,8 @@ def test_each_choice_replaces_the_preset():
             {"num_new_layers": 1, "zero_init": True, "output_scale": 0.1},
             "output_scale=0.1: says what upscale.zero_init=True says; give one",
         ),
-        (
-            {"num_new_layers": 1, "method": "twin", "output_scale": 0.0},
-            "zero_init=True: method 'twin' starts as the identity",
-        ),
         ({"num_new_layers": 1, "output_scale": -0.5}, "output_scale=-0.5: must be 0 or a positive"),
         ({"num_new_layers": 1, "output_scale": float("nan")}, "output_scale=nan: must be 0 or"),
-        ({"num_new_layers": 1, "branch_scale": 0.0}, "branch_scale=0.0: must be positive"),
-        ({"num_new_layers": 1, "branch_scale": float("inf")}, "branch_scale=inf: must be positive"),
-        ({"num_new_layers": 1, "method": "solar", "branch_scale": 2.0}, "'solar' makes no new"),
-        (
-            {"num_new_layers": 1, "method": "average", "balance": "kernels"},
-            "balance=.kernels.: keeps the",
-        ),
-        (
-            {"num_new_layers": 1, "method": "twin", "balance": "kernels"},
-            "balance=.kernels.: keeps the",
-        ),
-        ({"num_new_layers": 1, "method": "copy_next", "balance": "rows"}, "balance=.rows.: use"),
-        (
-            {"num_new_layers": 1, "method": "random", "balance": "activations"},
-            "only a copied layer can be measured",
-        ),
         ({"num_new_layers": 1, "method": "solar", "output_scale": 0.1}, "'solar' makes no new"),
         ({"num_new_layers": 1, "method": "lesa", "layout": "stack"}, "'stack' goes with .*'solar'"),
         ({"num_new_layers": 1, "method": "lesa", "fusion": "rescaled"}, "'lesa' fuses nothing"),
