@@ -82,8 +82,8 @@ def _ideas(shared: Experiment) -> Comparison:
     shared.optimizer.warmup_steps = 4
     shared.training.steps, shared.training.batch_size = 40, 2
     # A rate is tried for all of the steps: they are few, and the best rate hangs on their number.
-    others = tuple(contender for contender in _contenders() if contender.name in _BESIDE_IDEAS)
-    contenders = (*others, *_idea_contenders())
+    by_name = {contender.name: contender for contender in _contenders()}
+    contenders = (*(by_name[name] for name in _BESIDE_IDEAS), *_idea_contenders())
     return Comparison(shared, contenders, sweep_fraction=1.0, evaluations=1, references=_COPIES)
 
 

@@ -4,7 +4,7 @@ Norms are folded into the kernels that read behind them, so that rows of two blo
 biases are a last column, since they see an input of one; output kernels are transposed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -46,11 +46,11 @@ class UnitMatch(NamedTuple):
     coupling: Coupling | None = None
 
 
-def check_parameters(block: Iterable[str], field: str, also: tuple[str, ...]) -> None:
+def check_parameters(block: Block, field: str, also: tuple[str, ...]) -> None:
     """Refuses a block whose features are not known here.
 
     Args:
-        block: The names of its parameters.
+        block: Arrays by parameter name.
         field: What was asked for, to be named where it is refused.
         also: Parameters that are known beside those of a Llama.
 
@@ -59,7 +59,7 @@ def check_parameters(block: Iterable[str], field: str, also: tuple[str, ...]) ->
     """
     matrices = HEAD_MATRICES + NEURON_MATRICES
     known = {f"{name}_{kind}" for name in matrices for kind in ("kernel", "bias")}
-    unknown = sorted(set(block) - known - {*NORMS, *also})
+    unknown = sorted(block.keys() - known - {*NORMS, *also})
     if unknown:
         raise UserError(
             f"{field}: what leaves a block with {unknown[0]} unchanged is not known; use another"
