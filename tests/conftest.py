@@ -1,6 +1,8 @@
 """Eight fake CPU devices; implicit rank promotion is an error."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import pytest
 
 from tests.children import forks
 
+# JAX's traces are millions of objects; collecting after every 700 new ones costs a sixth of a test.
+gc.set_threshold(50_000)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,3 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def children() -> Any:
     """Starts processes as forks of one that has imported JAX but not used it."""
     return forks()
+
+
+@pytest.fixture(autouse=True)
+def _leave_what_earlier_tests_made_to_itself() -> Iterator[None]:
+    """JAX keeps what it traced; without this, each collection goes through all of it again."""
+    yield
+    gc.collect()
+    gc.freeze()

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -186,9 +187,11 @@ def flops_that_are_needed(config: ModelConfig, names: TrainedNames) -> int:
         positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], (BATCH, LENGTH))
         inputs = causal_inputs(config, positions)
         x = merged["", "embedding"][tokens[:, :-1]]
+        # Blocks of a kind are traced once.
+        apply = {kind: jax.jit(functools.partial(apply_block, config, kind)) for kind in kinds}
         for depth, kind in enumerate(kinds):
             block = {name: merged[str(depth), name] for name in block_specs(config, kind)}
-            x, _ = apply_block(config, kind, block, x, inputs)
+            x, _ = apply[kind](block, x, inputs)
         x = root_mean_square_norm(x, merged["", "final_norm"], config.norm)
         head = merged.get(("", "head"), merged["", "embedding"])
         logits = project_to_vocabulary(x, head, config.logits)

@@ -4,7 +4,6 @@ import dataclasses
 import fcntl
 import functools
 import json
-import multiprocessing
 import signal
 import time
 
@@ -85,12 +84,11 @@ def expand_slowly(base, directory):
     run(directory, dataclasses.replace(source, read=read))
 
 
-def test_a_process_that_is_killed_at_any_moment_ends_in_the_same_bytes(tmp_path):
+def test_a_process_that_is_killed_at_any_moment_ends_in_the_same_bytes(children, tmp_path):
     base = write_directory(tmp_path / "base", CONFIG, tensors_of(), shards=2)
-    context = multiprocessing.get_context("spawn")
     # The first, within a copied layer, within a new one, and close to the end.
     for tensors in (1, 11, 39, 63, 78):
-        process = context.Process(target=expand_slowly, args=(base, tmp_path / "killed"))
+        process = children.Process(target=expand_slowly, args=(base, tmp_path / "killed"))
         (tmp_path / "killed").mkdir(exist_ok=True)
         process.start()
         deadline = time.monotonic() + PATIENCE
