@@ -3,13 +3,15 @@ r"""Compares ways to grow a model: each trained alike, on the same text in the s
 python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
 For every contender of the config it tries learning rates, trains once for each seed and asks the
 tasks. A finished run leaves RESULTS/NAME.json and is not made again: interrupt it, start it again,
-on another machine too. Then it writes tables and pictures to RESULTS/report, as far as the runs go;
---report_only makes only these. --published=FILE draws the authors' official_results.json beside.
+on another machine too. Start it once for each device (CUDA_VISIBLE_DEVICES=N, or taskset -c N): all
+with one --workdir share the runs. Then it writes tables and pictures to RESULTS/report, as far as
+the runs go; --report_only makes only these. --published=FILE draws the authors'
+official_results.json beside.
 """
 
 import shlex
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -18,8 +20,9 @@ from absl import flags
 from opt_deus_jax import launch
 from opt_deus_jax.comparison.finished import read_runs
 from opt_deus_jax.comparison.report import summarize, summary_tables, write_report
-from opt_deus_jax.comparison.running import prepare, run_all
+from opt_deus_jax.comparison.running import prepare
 from opt_deus_jax.comparison.runs import check_comparison
+from opt_deus_jax.comparison.schedule import run_all
 from opt_deus_jax.config import Comparison
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.reporting.tables import show
@@ -38,14 +41,6 @@ def _command() -> str:
     return shlex.join(["python", "-m", "experiments.compare", *named])
 
 
-def _share_compiled_programs(folder: Path) -> None:
-    """Compiles once what seeds, rates and contenders have in common."""
-    # Of an earlier start, perhaps on another processor, or by another version.
-    shutil.rmtree(folder, ignore_errors=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
 def main() -> None:
     """Runs what has no result yet, then reports."""
     comparison = flags.FLAGS.config
@@ -59,12 +54,16 @@ def main() -> None:
     workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
     results = Path(_RESULTS.value).absolute() if _RESULTS.value else workdir / "results"
     if not _REPORT_ONLY.value:
-        _share_compiled_programs(workdir / "compiled")
-        setting = prepare(
-            comparison, workdir=workdir, results=results, command=_command(), say=show
-        )
-        for _ in run_all(setting, _ONLY.value):
-            pass
+        # What seeds, rates and contenders have in common is compiled once.
+        with tempfile.TemporaryDirectory(prefix="opt_deus_compiled_") as compiled:
+            if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
+                jax.config.update("jax_compilation_cache_dir", compiled)
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            setting = prepare(
+                comparison, workdir=workdir, results=results, command=_command(), say=show
+            )
+            for _ in run_all(setting, _ONLY.value):
+                pass
     published = Path(_PUBLISHED.value) if _PUBLISHED.value else None
     written = write_report(results, results / "report", comparison.references, published)
     show(*summary_tables(summarize(read_runs(results), comparison.references)))

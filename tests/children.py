@@ -24,7 +24,7 @@ _PRELOADED = (
     "tests.upscaling.expanding_process",
     # What launchers import; their own modules define flags, which each run must do itself.
     "opt_deus_jax.comparison.report",
-    "opt_deus_jax.comparison.running",
+    "opt_deus_jax.comparison.schedule",
     "opt_deus_jax.evaluation.lm_eval_model",
 )
 

@@ -136,8 +136,9 @@ import jax
 from configs.smollm2_135m import get_config
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.checkpoints.shortened import keep_layers
-from opt_deus_jax.comparison.running import prepare, run_all
+from opt_deus_jax.comparison.running import prepare
 from opt_deus_jax.comparison.runs import check_comparison
+from opt_deus_jax.comparison.schedule import run_all
 from opt_deus_jax.config import Comparison, Contender, UpscaleConfig
 from opt_deus_jax.upscaling.expand import expand_checkpoint
 from opt_deus_jax.upscaling.probe import probe_tokens

@@ -3,11 +3,22 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from opt_deus_jax.errors import UserError
+
+
+def _take(file: IO, how: int) -> bool:
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Some network file systems know no locks; there nothing is kept.
+        return True
+    return True
 
 
 def lock(file: IO, refusal: str) -> None:
@@ -22,12 +33,39 @@ def lock(file: IO, refusal: str) -> None:
     Raises:
         UserError: Another process has it.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(refusal) from None
-    except OSError:
-        return
+    if not _take(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        raise UserError(refusal)
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Claims what a file stands for, until the end of the block or of this process.
+
+    Args:
+        path: The file, made where it does not exist; it stays.
+
+    Yields:
+        False where another process has it. True on a file system that knows no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        yield _take(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def in_turn(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Claims what a file stands for, and waits for it where another process has it.
+
+    Args:
+        path: The file, made where it does not exist; it stays.
+        say: Told of a wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        if not _take(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            say(f"{path.name}: another process makes it; waiting")
+            _take(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Runs a comparison: growing, trying learning rates, training, asking."""
+"""Makes the runs of a comparison: growing, training, asking."""
 
 import dataclasses
 import hashlib
@@ -6,13 +6,14 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from opt_deus_jax.checkpoints.lock import in_turn
 from opt_deus_jax.checkpoints.manifest import FILE_NAME, read_manifest
 from opt_deus_jax.checkpoints.opening import open_checkpoint
 from opt_deus_jax.checkpoints.source import CheckpointSource
@@ -24,11 +25,9 @@ from opt_deus_jax.comparison.runs import (
     first_difference,
     read_result,
     recipe_of,
-    starting_rate,
     upscale_settings,
     write_result,
 )
-from opt_deus_jax.comparison.sweep import best_exponent, next_exponent
 from opt_deus_jax.config import Comparison, Contender, Experiment
 from opt_deus_jax.data.preparation import prepare_records
 from opt_deus_jax.data.records import Records, load_info, load_records
@@ -92,7 +91,7 @@ def prepare(
         say: Is told what is being done.
 
     Returns:
-        The setting of `run_all`.
+        The setting of the runs.
 
     Raises:
         UserError: A base, contender, text or task cannot be used.
@@ -114,17 +113,23 @@ def prepare(
     questions = load_questions(comparison)
     _check_contenders(comparison, bases)
     folder = workdir / "records"
-    prepare_records(
-        folder,
-        comparison.experiment.data,
-        tokenizer,
-        tokenizer_fingerprint=hashlib.sha256(tokenizer.tokenizer_json).hexdigest(),
-        vocabulary_size=base.hf_config["vocab_size"],
-    )
+    with in_turn(claim_of(workdir, folder.name), say):
+        prepare_records(
+            folder,
+            comparison.experiment.data,
+            tokenizer,
+            tokenizer_fingerprint=hashlib.sha256(tokenizer.tokenizer_json).hexdigest(),
+            vocabulary_size=base.hf_config["vocab_size"],
+        )
     splits = load_info(folder).splits
     records = {name: load_records(folder, name, verify=True) for name in splits}
     hashes = {name: split.sha256 for name, split in splits.items()}
     return Setting(comparison, bases, records, hashes, questions, workdir, results, command, say)
+
+
+def claim_of(workdir: Path, name: str) -> Path:
+    """The file that a process holds while it makes something of that name."""
+    return workdir / "claims" / name
 
 
 def _check_contenders(comparison: Comparison, bases: Mapping[str, CheckpointSource]) -> None:
@@ -136,69 +141,39 @@ def _check_contenders(comparison: Comparison, bases: Mapping[str, CheckpointSour
             raise UserError(f"contender {contender.name}: {error}") from None
 
 
-def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Makes every run that has no result yet: first the sweeps, then a seed after another.
-
-    Args:
-        setting: From `prepare`.
-        chosen: Names of contenders; empty takes all.
-
-    Yields:
-        The result of each run, made now or found.
+def finished_result(setting: Setting, run: Run) -> dict[str, Any] | None:
+    """The result of a run where there is one, and, of one to be exported, its model here too.
 
     Raises:
-        UserError: A run fails, or a result is of another recipe.
+        UserError: The result or the model is of another recipe.
     """
-    contenders = [c for c in setting.comparison.contenders if not chosen or c.name in chosen]
-    _refuse_other_exports(setting, contenders)
-    rates = {}
-    for contender in contenders:
-        exponent, results = _sweep(setting, contender)
-        yield from results
-        rates[contender.name] = _rate(setting.comparison, contender, exponent)
-    for seed in setting.comparison.seeds:
-        for contender in contenders:
-            yield _result_of(setting, Run(contender, "final", seed, rates[contender.name]))
-
-
-def _rate(comparison: Comparison, contender: Contender, exponent: int) -> float:
-    # Six digits, so that it is the same number in a file and on another machine.
-    rate = starting_rate(comparison, contender) * comparison.rate_factor**exponent
-    return float(f"{rate:.6g}")
-
-
-def _sweep(setting: Setting, contender: Contender) -> tuple[int, list[dict[str, Any]]]:
-    comparison = setting.comparison
-    losses: dict[int, float] = {}
-    results = []
-    while (exponent := next_exponent(losses, comparison.max_rate_steps)) is not None:
-        rate = _rate(comparison, contender, exponent)
-        result = _result_of(setting, Run(contender, "sweep", comparison.sweep_seed, rate))
-        losses[exponent] = result["held_out"][-1]["loss"]
-        results.append(result)
-    return best_exponent(losses), results
-
-
-def _result_of(setting: Setting, run: Run) -> dict[str, Any]:
-    recipe = recipe_of(setting.comparison, setting.record_hashes)
-    found = read_result(setting.results, run, recipe)
+    found = read_result(setting.results, run, recipe_of(setting.comparison, setting.record_hashes))
     exported = _exported(setting, run)
-    is_left = exported is None or _is_exported(exported, _made_as(setting, run))
-    if found is not None and (is_left or _diverged(found)):
+    if found is None or exported is None or diverged(found):
         return found
+    return found if _is_exported(exported, _made_as(setting, run)) else None
+
+
+def make_result(setting: Setting, run: Run) -> None:
+    """Grows, trains and asks; leaves the result, and the model where it is to be exported.
+
+    Raises:
+        UserError: Something cannot be read or written.
+    """
     setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
-    result = _perform(setting, run, recipe)
-    if exported is not None and not is_left and not _diverged(result):
+    result = _perform(setting, run, recipe_of(setting.comparison, setting.record_hashes))
+    exported = _exported(setting, run)
+    if exported and not diverged(result) and not _is_exported(exported, _made_as(setting, run)):
         _export(setting, run, exported)
     path = write_result(setting.results, run, result)
     # Large, and of no more use now that the result is written; one that diverged may have none.
     shutil.rmtree(setting.workdir / "runs" / run.name / "checkpoints", ignore_errors=True)
     loss = result["held_out"][-1]["loss"]
     setting.say(f"{run.name}: held-out loss {loss:.4f} nats a token; {path}")
-    return result
 
 
-def _diverged(result: Mapping[str, Any]) -> bool:
+def diverged(result: Mapping[str, Any]) -> bool:
+    """Whether training ended early, at a loss that is no number."""
     return not math.isfinite(result["held_out"][-1]["loss"])
 
 
@@ -216,8 +191,12 @@ def _made_as(setting: Setting, run: Run) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def _refuse_other_exports(setting: Setting, contenders: Sequence[Contender]) -> None:
-    """Before anything is run: the rate is not known yet, the recipe is."""
+def refuse_other_exports(setting: Setting, contenders: Sequence[Contender]) -> None:
+    """Refuses models of another recipe before anything is run: only the rate is not known yet.
+
+    Raises:
+        UserError: There is one.
+    """
     for contender in contenders:
         run = Run(contender, "final", setting.comparison.seeds[0], math.nan)
         if folder := _exported(setting, run):
@@ -314,16 +293,17 @@ def _grow(setting: Setting, contender: Contender) -> Path:
     made_from = json.dumps([base.name, upscale_settings(contender)])
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:8]
     folder = setting.workdir / "expanded" / f"{contender.name}_{digest}"
-    if not folder.exists():
-        setting.say(f"{contender.name}: growing the base")
-        expand_checkpoint(
-            base,
-            contender.upscale,
-            folder,
-            probe_BT=probe_tokens(base),
-            max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
-            say=setting.say,
-        )
+    with in_turn(claim_of(setting.workdir, folder.name), setting.say):
+        if not folder.exists():
+            setting.say(f"{contender.name}: growing the base")
+            expand_checkpoint(
+                base,
+                contender.upscale,
+                folder,
+                probe_BT=probe_tokens(base),
+                max_shard_bytes=setting.comparison.experiment.max_shard_bytes,
+                say=setting.say,
+            )
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from opt_deus_jax.comparison.running import prepare
 from opt_deus_jax.config import Contender, UpscaleConfig
 from opt_deus_jax.errors import UserError
+from tests.children import end
 from tests.entry.launching import begin, fail, succeed
 from tests.entry.tiny_comparison import get_config
 from tests.evaluation.questions import write_questions
@@ -72,6 +74,31 @@ def test_killed_and_started_again_it_gives_the_results_of_an_uninterrupted_one(
     alone = results(tmp_path)
     assert len(alone) == 3
     assert alone == {name: found[name] for name in alone}
+
+
+def test_processes_share_the_runs_and_take_over_those_of_one_that_is_killed(
+    workdir: Path, arguments: list[str], tmp_path: Path
+):
+    shared = ("compare", *arguments, f"--workdir={tmp_path}")
+    said = [tmp_path / str(number) for number in range(3)]
+    outputs = [(path, Path(os.devnull)) for path in said]
+    killed = begin(*shared, outputs=outputs[0])
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")):
+        assert killed.is_alive()
+        time.sleep(0.05)
+    others = [begin(*shared, outputs=output) for output in outputs[1:]]
+    while "learning rate" not in "".join(path.read_text() for path in said[1:] if path.exists()):
+        assert all(process.is_alive() for process in others)
+        time.sleep(0.05)
+    killed.kill()
+    killed.join()
+    assert end(others, 600) == [0, 0]
+    found = results(workdir)
+    assert results(tmp_path) == found
+    by_process = [
+        re.findall(r"^([\w.]+): held-out loss", p.read_text(), re.MULTILINE) for p in said
+    ]
+    assert sorted(sum(by_process, [])) == sorted(found)
 
 
 def test_tables_and_pictures_are_made_and_made_again_without_running(

@@ -1,15 +1,18 @@
 """What a comparison makes of runs that go wrong, and of models that others left."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from opt_deus_jax.checkpoints.lock import claimed
 from opt_deus_jax.comparison.finished import read_runs
 from opt_deus_jax.comparison.report import write_report
-from opt_deus_jax.comparison.running import prepare, run_all
+from opt_deus_jax.comparison.running import claim_of, prepare
 from opt_deus_jax.comparison.runs import check_comparison
+from opt_deus_jax.comparison.schedule import run_all
 from opt_deus_jax.comparison.summary import contender_rows, finals_by_contender, sweep_rows
 from opt_deus_jax.config import Comparison, Contender, UpscaleConfig
 from opt_deus_jax.errors import UserError
@@ -52,6 +55,31 @@ def test_a_rate_at_which_training_diverges_is_the_worst_of_those_tried(
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
     _run(comparison, tmp_path, "results")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()} == made
+
+
+def test_a_run_of_another_process_is_waited_for_and_taken_over(
+    base: Path, text: Path, tmp_path: Path
+) -> None:
+    comparison = _comparison(base, text, exported=(), seeds=(0, 1))
+    said = []
+    with contextlib.ExitStack() as other:
+        for name in ("a_sweep_0.0005", "a_seed0"):
+            assert other.enter_context(claimed(claim_of(tmp_path, name)))
+
+        def say(line: str) -> None:
+            said.append(line)
+            if line.startswith("waiting for"):
+                other.close()
+
+        setting = prepare(
+            comparison, workdir=tmp_path, results=tmp_path / "results", command="", say=say
+        )
+        made = [(run["kind"], run["seed"]) for run in run_all(setting)]
+    assert made == [("sweep", comparison.sweep_seed), ("final", 0), ("final", 1)]
+    # Nothing else can be begun before the sweep has ended.
+    assert [line for line in said if "waiting" in line] == [
+        "waiting for other processes: a_sweep_0.0005"
+    ]
 
 
 def test_a_training_that_diverges_is_a_result_and_leaves_no_model(

@@ -1,0 +1,105 @@
+"""Which run is next, for as many processes as work on a comparison."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from opt_deus_jax.checkpoints.lock import claimed
+from opt_deus_jax.comparison.running import (
+    Setting,
+    claim_of,
+    finished_result,
+    make_result,
+    refuse_other_exports,
+)
+from opt_deus_jax.comparison.runs import Run, starting_rate
+from opt_deus_jax.comparison.sweep import best_exponent, next_exponent
+from opt_deus_jax.config import Comparison, Contender
+
+# Seconds between two looks at what other processes have finished.
+_PAUSE = 1
+
+
+def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Makes every run that has no result yet: first the sweeps, then a seed after another.
+
+    Processes that share a work directory share the runs. Each run is made by one of them; one that
+    is left by a process that ends is gone on with by another. Where others make all that is left,
+    this one waits for them: the next rates of a sweep hang on what they find.
+
+    Args:
+        setting: From `prepare`.
+        chosen: Names of contenders; empty takes all.
+
+    Yields:
+        The result of each run, made by this process or found.
+
+    Raises:
+        UserError: A run fails, or a result is of another recipe.
+    """
+    contenders = [c for c in setting.comparison.contenders if not chosen or c.name in chosen]
+    refuse_other_exports(setting, contenders)
+    told: set[str] = set()
+    seen: set[str] = set()
+    while True:
+        results, wanted = _survey(setting, contenders)
+        yield from (result for name, result in results.items() if name not in seen)
+        seen |= set(results)
+        if not wanted:
+            return
+        if any(_make_unless_claimed(setting, run) for run in wanted):
+            continue
+        names = {run.name for run in wanted}
+        if not names <= told:
+            setting.say(f"waiting for other processes: {', '.join(run.name for run in wanted)}")
+        told |= names
+        time.sleep(_PAUSE)
+
+
+def _survey(
+    setting: Setting, contenders: Sequence[Contender]
+) -> tuple[dict[str, dict[str, Any]], list[Run]]:
+    """What is finished, by name of the run, and what can be begun now, in order of preference."""
+    comparison = setting.comparison
+    results: dict[str, dict[str, Any]] = {}
+    wanted: list[Run] = []
+
+    def finished(run: Run) -> dict[str, Any] | None:
+        result = finished_result(setting, run)
+        if result is None:
+            wanted.append(run)
+        else:
+            results[run.name] = result
+        return result
+
+    rates = {}
+    for contender in contenders:
+        losses: dict[int, float] = {}
+        while (exponent := next_exponent(losses, comparison.max_rate_steps)) is not None:
+            rate = _rate(comparison, contender, exponent)
+            result = finished(Run(contender, "sweep", comparison.sweep_seed, rate))
+            if result is None:
+                break
+            losses[exponent] = result["held_out"][-1]["loss"]
+        else:
+            rates[contender.name] = _rate(comparison, contender, best_exponent(losses))
+    for seed in comparison.seeds:
+        for contender in contenders:
+            if contender.name in rates:
+                finished(Run(contender, "final", seed, rates[contender.name]))
+    return results, wanted
+
+
+def _rate(comparison: Comparison, contender: Contender, exponent: int) -> float:
+    # Six digits, so that it is the same number in a file and on another machine.
+    rate = starting_rate(comparison, contender) * comparison.rate_factor**exponent
+    return float(f"{rate:.6g}")
+
+
+def _make_unless_claimed(setting: Setting, run: Run) -> bool:
+    """Makes a run, unless another process does; whether it is made."""
+    with claimed(claim_of(setting.workdir, run.name)) as is_ours:
+        # Since the survey another process may have finished it.
+        if is_ours and finished_result(setting, run) is None:
+            make_result(setting, run)
+        return is_ours
