@@ -20,8 +20,6 @@ import pytest
 
 from tests.children import forks
 
-# JAX's traces are millions of objects; collecting after every 700 new ones costs a sixth of a test.
-gc.set_threshold(50_000)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -149,7 +149,7 @@ def finished_result(setting: Setting, run: Run) -> dict[str, Any] | None:
     """
     found = read_result(setting.results, run, recipe_of(setting.comparison, setting.record_hashes))
     exported = _exported(setting, run)
-    if found is None or exported is None or diverged(found):
+    if found is None or exported is None or _diverged(found):
         return found
     return found if _is_exported(exported, _made_as(setting, run)) else None
 
@@ -163,7 +163,7 @@ def make_result(setting: Setting, run: Run) -> None:
     setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
     result = _perform(setting, run, recipe_of(setting.comparison, setting.record_hashes))
     exported = _exported(setting, run)
-    if exported and not diverged(result) and not _is_exported(exported, _made_as(setting, run)):
+    if exported and not _diverged(result) and not _is_exported(exported, _made_as(setting, run)):
         _export(setting, run, exported)
     path = write_result(setting.results, run, result)
     # Large, and of no more use now that the result is written; one that diverged may have none.
@@ -172,8 +172,7 @@ def make_result(setting: Setting, run: Run) -> None:
     setting.say(f"{run.name}: held-out loss {loss:.4f} nats a token; {path}")
 
 
-def diverged(result: Mapping[str, Any]) -> bool:
-    """Whether training ended early, at a loss that is no number."""
+def _diverged(result: Mapping[str, Any]) -> bool:
     return not math.isfinite(result["held_out"][-1]["loss"])
 
 

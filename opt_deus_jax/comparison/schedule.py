@@ -25,7 +25,8 @@ def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, 
 
     Processes that share a work directory share the runs. Each run is made by one of them; one that
     is left by a process that ends is gone on with by another. Where others make all that is left,
-    this one waits for them: the next rates of a sweep hang on what they find.
+    this one waits for them: the next rates of a sweep hang on what they find. On a file system that
+    knows no locks there may be one process only.
 
     Args:
         setting: From `prepare`.
