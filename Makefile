@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# pip would compile modules one after another; some that packages carry along are not Python 3.
+# pip would compile modules one after another. It too leaves out those for another Python.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 export JAX_PLATFORMS ?= cpu

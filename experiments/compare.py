@@ -62,8 +62,7 @@ def main() -> None:
             setting = prepare(
                 comparison, workdir=workdir, results=results, command=_command(), say=show
             )
-            for _ in run_all(setting, _ONLY.value):
-                pass
+            run_all(setting, _ONLY.value)
     published = Path(_PUBLISHED.value) if _PUBLISHED.value else None
     written = write_report(results, results / "report", comparison.references, published)
     show(*summary_tables(summarize(read_runs(results), comparison.references)))

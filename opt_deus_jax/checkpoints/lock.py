@@ -13,11 +13,9 @@ from opt_deus_jax.errors import UserError
 def _take(file: IO, how: int) -> bool:
     try:
         fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # Some network file systems know no locks; there nothing is kept.
-        return True
+    except OSError as error:
+        # Of a file system that knows no locks comes another one.
+        return not isinstance(error, BlockingIOError)
     return True
 
 

@@ -1,7 +1,7 @@
 """Which run is next, for as many processes as work on a comparison."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from opt_deus_jax.checkpoints.lock import claimed
@@ -20,7 +20,7 @@ from opt_deus_jax.config import Comparison, Contender
 _PAUSE = 1
 
 
-def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def run_all(setting: Setting, chosen: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Makes every run that has no result yet: first the sweeps, then a seed after another.
 
     Processes that share a work directory share the runs. Each run is made by one of them; one that
@@ -32,37 +32,33 @@ def run_all(setting: Setting, chosen: Sequence[str] = ()) -> Iterator[dict[str, 
         setting: From `prepare`.
         chosen: Names of contenders; empty takes all.
 
-    Yields:
-        The result of each run, made by this process or found.
+    Returns:
+        The result of each run, whoever made it: sweeps by contender, then seed by seed.
 
     Raises:
         UserError: A run fails, or a result is of another recipe.
     """
     contenders = [c for c in setting.comparison.contenders if not chosen or c.name in chosen]
     refuse_other_exports(setting, contenders)
-    told: set[str] = set()
-    seen: set[str] = set()
+    told = ""
     while True:
         results, wanted = _survey(setting, contenders)
-        yield from (result for name, result in results.items() if name not in seen)
-        seen |= set(results)
         if not wanted:
-            return
+            return results
         if any(_make_unless_claimed(setting, run) for run in wanted):
             continue
-        names = {run.name for run in wanted}
-        if not names <= told:
-            setting.say(f"waiting for other processes: {', '.join(run.name for run in wanted)}")
-        told |= names
+        if told != (names := ", ".join(run.name for run in wanted)):
+            setting.say(f"waiting for other processes: {names}")
+        told = names
         time.sleep(_PAUSE)
 
 
 def _survey(
     setting: Setting, contenders: Sequence[Contender]
-) -> tuple[dict[str, dict[str, Any]], list[Run]]:
-    """What is finished, by name of the run, and what can be begun now, in order of preference."""
+) -> tuple[list[dict[str, Any]], list[Run]]:
+    """What is finished, and what can be begun now, in order of preference."""
     comparison = setting.comparison
-    results: dict[str, dict[str, Any]] = {}
+    results: list[dict[str, Any]] = []
     wanted: list[Run] = []
 
     def finished(run: Run) -> dict[str, Any] | None:
@@ -70,7 +66,7 @@ def _survey(
         if result is None:
             wanted.append(run)
         else:
-            results[run.name] = result
+            results.append(result)
         return result
 
     rates = {}

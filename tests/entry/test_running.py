@@ -32,9 +32,7 @@ def _comparison(base: Path, text: Path, **fields: Any) -> Comparison:
 def _run(comparison: Comparison, workdir: Path, results: str) -> list[dict[str, Any]]:
     check_comparison(comparison)
     folder = workdir / results
-    return list(
-        run_all(prepare(comparison, workdir=workdir, results=folder, command="", say=print))
-    )
+    return run_all(prepare(comparison, workdir=workdir, results=folder, command="", say=print))
 
 
 # At the highest rates here scores of all layers overflow.
