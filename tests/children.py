@@ -28,6 +28,8 @@ _PRELOADED = (
     "opt_deus_jax.comparison.report",
     "opt_deus_jax.comparison.schedule",
     "opt_deus_jax.evaluation.lm_eval_model",
+    # Imports torch.
+    "tensorboardX",
 )
 
 # JAX's traces are millions of objects; collecting after every 700 new ones costs a sixth of a test.

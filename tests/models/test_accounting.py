@@ -170,6 +170,7 @@ def flops_of_the_step(
     return matmul_flops(used) // (BATCH * LENGTH)
 
 
+@functools.cache
 def flops_that_are_needed(config: ModelConfig, names: TrainedNames) -> int:
     """The same of a network without scans and with plain cross-entropy."""
     outer, kinds = outer_specs(config), config.kinds_of(len(names.blocks))
