@@ -28,9 +28,8 @@ install: $(VENV)/base.stamp
 demo: $(VENV)/base.stamp
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
 
-# Three, for many tests wait for processes of their own: two leave a third of two cores idle.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -98,8 +98,8 @@ class _Reader(gguf.GGUFReader):
         count: int = 1,
         override_order: Literal["I", "S", "<"] | None = None,
     ) -> npt.NDArray[Any]:
-        # Slicing a memmap takes ten times as long as this, and a vocabulary takes 400,000 slices:
-        # opening SmolLM2 took 5 seconds, and takes 1.
+        # The library slices a memmap, four times as slowly: opening SmolLM2, whose vocabulary takes
+        # 250,000 slices, took 6 seconds in place of 2.
         order = override_order or self.byte_order
         return np.frombuffer(
             self.data, np.dtype(dtype).newbyteorder(order), count=int(count), offset=int(offset)
