@@ -98,8 +98,8 @@ class _Reader(gguf.GGUFReader):
         count: int = 1,
         override_order: Literal["I", "S", "<"] | None = None,
     ) -> npt.NDArray[Any]:
-        # The library slices a memmap, which takes four times as long as this: 6 seconds for SmolLM2,
-        # whose vocabulary is 250,000 slices.
+        # The library slices a memmap, which takes four times as long as this: 6 seconds for the
+        # 250,000 slices of SmolLM2's vocabulary.
         order = override_order or self.byte_order
         return np.frombuffer(
             self.data, np.dtype(dtype).newbyteorder(order), count=int(count), offset=int(offset)
