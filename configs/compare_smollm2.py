@@ -16,7 +16,7 @@ in configs/fine_tune.py) on two CPU cores.
     python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
     python -m experiments.compare --config=configs/compare_smollm2.py:ideas --workdir=runs/ideas
     python -m experiments.compare --config=configs/compare_smollm2.py:confirm --workdir=runs/confirm
-    python -m experiments.compare --config=configs/compare_smollm2.py:tuned --workdir=runs/tuned
+    python -m experiments.compare --config=configs/compare_smollm2.py:tuned --workdir=runs/tuning
 """
 
 import dataclasses

@@ -45,7 +45,9 @@ def main() -> None:
     """Loads the tasks and the model, asks, and writes what came of it."""
     processes.start_processes()
     is_writer = jax.process_index() == 0
-    experiment, workdir = launch.start((), is_writer=is_writer)
+    # The base of another experiment would be scored as that of this one.
+    fixed = ("base",) if _MODEL.value == "base" else ()
+    experiment, workdir = launch.start(fixed, is_writer=is_writer)
     settings, pretrained = experiment.evaluation, _checkpoint(experiment.base, workdir)
     # Slow to import, and lm_eval may be missing.
     from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel

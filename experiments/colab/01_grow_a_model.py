@@ -18,7 +18,7 @@
 # SmolLM2-135M gets new layers between its old ones. They start from their neighbours by optimal
 # transport, so that at first the model computes exactly what it did; then only they are trained.
 #
-# Minutes on a T4 or on two CPU cores. (So far run on CPUs only.)
+# Minutes on two CPU cores. (Not yet run on a GPU.)
 
 # %% [markdown]
 # ## Install

@@ -50,7 +50,7 @@ def align(
     Args:
         previous_MD: A's kernel, float32 [out, in].
         next_ND: B's kernel, float32 [out, in].
-        transport: `reference`, `barycentric` or `assignment` (DESIGN, section 2).
+        transport: `reference` (the authors'), `barycentric` or `assignment`.
         epsilon: Entropy; absolute for `reference`, relative to the mean cost for `barycentric`,
             unused for `assignment`.
 

@@ -125,7 +125,7 @@ def _fuse_experts(
 def _transport(
     previous: Block, next_: Block, choices: _Choices, *, config: ModelConfig, needs_down: bool
 ) -> Fused:
-    """OpT-DeUS, in the order of its authors' code (Cao et al. 2025; DESIGN, section 2).
+    """OpT-DeUS, in the order of its authors' code (Cao et al. 2025, arXiv 2508.08011).
 
     Norms that Llama does not have are averaged; those of whole projections follow their rows.
     """
@@ -178,7 +178,7 @@ def _random_block(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def _halved(block: Block) -> dict[str, np.ndarray]:
-    # Norms are kept: the authors' fused norms are near the parents' mean, only kernels are halved.
+    # What the kernels of the authors' fusion come to; norms are B's, theirs are of both parents.
     return {k: v if _is_norm(k) else v / 2 for k, v in block.items()}
 
 

@@ -61,6 +61,16 @@ def test_results_of_another_model_are_not_overwritten(
     assert written.read_text() == before
 
 
+def test_the_base_of_another_experiment_is_refused(
+    base: Path, questions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"base": "grown/from/this"}))
+    (tmp_path / "expanded").mkdir()
+    error = fail("evaluate", *_arguments(base, tmp_path, questions), "--model=base")
+    assert f"config field base='{base}'" in error
+    assert "grown/from/this" in error
+
+
 def test_a_model_that_is_not_there_says_what_to_run(
     base: Path, questions: Path, tmp_path: Path
 ) -> None:

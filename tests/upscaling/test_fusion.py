@@ -1,4 +1,4 @@
-"""Fusion against DESIGN, section 2, written again in float64 with POT and SciPy."""
+"""Fusion against the method, written again in float64 with POT and SciPy."""
 
 import dataclasses
 
