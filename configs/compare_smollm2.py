@@ -11,7 +11,8 @@ in the middle, on text of another kind, of which documents are held out (data.he
 `gpu` for one GPU (50M tokens a run, the paper's context of 2048; never run yet); `smoke` to try it
 out; `tuned` for all parameters of the published presets, as a comparison with
 --workdir=runs/compare trained them, tuned on instructions (--config.experiment.data.train=ROWS, as
-in configs/fine_tune.py) on two CPU cores.
+in configs/fine_tune.py) on two CPU cores: one trained model of each, so its errors are of the order
+of the instructions only.
 
     python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
     python -m experiments.compare --config=configs/compare_smollm2.py:ideas --workdir=runs/ideas

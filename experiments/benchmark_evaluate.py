@@ -35,7 +35,7 @@ def _hf_folder(base: str, workdir: Path) -> str:
         return base
     folder = workdir / "base" / "expanded"
     if not folder.exists():
-        config = [argument for argument in sys.argv if argument.startswith("--config")]
+        config = [f"{flag}={value}" if value else flag for flag, value in launch.config_arguments()]
         unchanged = [f"--config.{field}" for field in _AS_IT_IS]
         command = [sys.executable, "-m", "experiments.expand", *config, *unchanged]
         run_measured([*command, f"--workdir={workdir / 'base'}"])

@@ -9,8 +9,8 @@ the runs go; --report_only makes only these. --published=FILE draws the authors'
 official_results.json beside.
 """
 
+import contextlib
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,9 +18,10 @@ import jax
 from absl import flags
 
 from opt_deus_jax import launch
+from opt_deus_jax.checkpoints.lock import in_turn
 from opt_deus_jax.comparison.finished import read_runs
 from opt_deus_jax.comparison.report import summarize, summary_tables, write_report
-from opt_deus_jax.comparison.running import prepare
+from opt_deus_jax.comparison.running import claim_of, prepare
 from opt_deus_jax.comparison.runs import check_comparison
 from opt_deus_jax.comparison.schedule import run_all
 from opt_deus_jax.config import Comparison
@@ -36,9 +37,11 @@ launch.define_flags(others=("results", "only", "report_only", "published"))
 
 def _command() -> str:
     """What reproduces a run elsewhere: without the folders of this machine."""
-    given = (a.partition("=") for a in sys.argv[1:] if a.startswith("--config"))
-    named = (f"{n}{e}{Path(v).name if Path(v).is_absolute() else v}" for n, e, v in given)
-    return shlex.join(["python", "-m", "experiments.compare", *named])
+    words = ["python", "-m", "experiments.compare"]
+    for flag, value in launch.config_arguments():
+        named = (p.rpartition("/")[2] if p.startswith("/") else p for p in value.split(","))
+        words.append(f"{flag}={','.join(named)}" if value else flag)
+    return shlex.join(words)
 
 
 def main() -> None:
@@ -59,12 +62,15 @@ def main() -> None:
             if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
                 jax.config.update("jax_compilation_cache_dir", compiled)
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-            setting = prepare(
-                comparison, workdir=workdir, results=results, command=_command(), say=show
-            )
-            run_all(setting, _ONLY.value)
+            folders = {"workdir": workdir, "results": results}
+            setting = prepare(comparison, _ONLY.value, **folders, command=_command(), say=show)
+            run_all(setting)
     published = Path(_PUBLISHED.value) if _PUBLISHED.value else None
-    written = write_report(results, results / "report", comparison.references, published)
+    # Processes that share the runs end together.
+    claim = claim_of(workdir, "report")
+    alone = contextlib.nullcontext() if _REPORT_ONLY.value else in_turn(claim, show)
+    with alone:
+        written = write_report(results, results / "report", comparison.references, published)
     show(*summary_tables(summarize(read_runs(results), comparison.references)))
     show(f"{len(written)} tables and pictures: {results / 'report'}")
 

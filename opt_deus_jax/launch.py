@@ -126,6 +126,16 @@ def start(
     return experiment, workdir
 
 
+def config_arguments() -> list[tuple[str, str]]:
+    """Names and values of the `--config` flags of the command line, in their order."""
+    words, given = sys.argv[1:], []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--config"):
+            given.append((name, value if equals or following.startswith("--") else following))
+    return given
+
+
 def need(extra: str, *modules: str) -> None:
     """Refuses to go on without modules that an extra of the package brings.
 

@@ -22,6 +22,8 @@ class FinishedRun:
         kind: `final`, or `sweep` for a trial of a learning rate.
         seed: Of the order of the data.
         learning_rate: Its peak.
+        upscale: What makes the contender; `base` among it where it is grown from one of its own.
+        base_sha256: Of all tensors of what it is grown from.
         method: Layout, weights, zero_init, trained and transport.
         steps: Optimizer steps taken.
         tokens_per_step: Tokens of a step.
@@ -44,6 +46,8 @@ class FinishedRun:
     kind: str
     seed: int
     learning_rate: float
+    upscale: Mapping[str, Any]
+    base_sha256: str
     method: Mapping[str, Any]
     steps: int
     tokens_per_step: int
@@ -116,6 +120,7 @@ def read_runs(folder: Path) -> list[FinishedRun]:
     runs.sort(key=lambda run: (run.contender, run.kind, run.seed, run.learning_rate))
     for run in runs[1:]:
         _refuse_difference(runs[0], run, runs[0].recipe, run.recipe, "recipe")
+    _refuse_other_bases(runs)
     finals = [run for run in runs if run.kind == "final"]
     _refuse_other_training(finals)
     _refuse_twice(runs)
@@ -178,6 +183,14 @@ def _refuse_difference(
             f"{first.path} has {name}={ours!r} but {other.path.name} has {theirs!r}: their losses "
             "cannot be compared; keep them in different folders"
         )
+
+
+def _refuse_other_bases(runs: list[FinishedRun]) -> None:
+    """Of one name there may be one base; the shared one has none in `upscale`."""
+    firsts: dict[str, FinishedRun] = {}
+    for run in runs:
+        first = firsts.setdefault(run.upscale.get("base", ""), run)
+        _refuse_difference(first, run, first.base_sha256, run.base_sha256, "base_sha256")
 
 
 def _refuse_other_training(finals: list[FinishedRun]) -> None:

@@ -105,12 +105,16 @@ def published_curves(
 def published_name(method: Mapping[str, Any]) -> str | None:
     """The name that the authors give to a method; None for one that they have not tried.
 
+    Of the transports they have tried `reference`.
+
     Args:
         method: Layout, weights, zero_init, trained and transport.
 
     Returns:
         As in their results for one size.
     """
+    if method["weights"] == "transport" and method["transport"] != "reference":
+        return None
     kind = (method["layout"], method["weights"], method["zero_init"])
     names = {
         ("top", "transport", True): "OpT-DeUS",

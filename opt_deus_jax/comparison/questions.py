@@ -69,7 +69,7 @@ def _load(settings: EvaluationConfig) -> list[Any]:
 
 
 def ask(model: LoadedModel | None, questions: Mapping[str, Questions]) -> dict[str, Any]:
-    """Accuracies and word perplexity of a model.
+    """Accuracies and word perplexity of a model; lm_eval is needed only where something is asked.
 
     Args:
         model: The model; None of a training that diverged, which is asked nothing.
@@ -81,7 +81,7 @@ def ask(model: LoadedModel | None, questions: Mapping[str, Questions]) -> dict[s
     Raises:
         UserError: The model cannot answer.
     """
-    if model is None:
+    if model is None or not any(tasks for _, tasks in questions.values()):
         return {"accuracies": {}, "word_perplexity": None}
     from opt_deus_jax.evaluation.lm_eval_model import OptDeusModel
     from opt_deus_jax.evaluation.tasks import run_tasks

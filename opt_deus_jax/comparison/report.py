@@ -117,7 +117,7 @@ def draw_figures(
     finals = {n: found for n, found in statistics.finals_by_contender(runs).items() if found}
     front, first = highlighted(finals, references), references[0]
     ended = [row for row in summary["contenders"] if row["seeds"]]
-    losses = {name: [run.final_loss for run in found] for name, found in finals.items()}
+    losses = {n: {run.seed: run.final_loss for run in found} for n, found in finals.items()}
     paired = [
         row
         for row in summary["paired"]
@@ -192,7 +192,12 @@ def _published_figure(
         for method, found in published_curves(read_published(path)).items()
     }
     runs = [run for found in finals.values() for run in found]
-    counterparts = {name: published_name(found[0].method) for name, found in finals.items()}
+    # What was grown before, and is trained on here, is not what they call the base.
+    counterparts = {
+        name: published_name(found[0].method)
+        for name, found in finals.items()
+        if "base" not in found[0].upscale
+    }
     run = max(runs, key=lambda run: run.parameters)
     seeds = len({run.seed for run in runs})
     ours = (

@@ -1,12 +1,13 @@
 """Makes the runs of a comparison: growing, training, asking."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ class Setting(NamedTuple):
 
     Attributes:
         comparison: The comparison.
-        bases: The checkpoints that contenders are grown from, by `Contender.base`.
+        contenders: Those of it that are to be run.
+        bases: The checkpoints that these are grown from, by `Contender.base`.
         records: Training and held-out records.
         record_hashes: Their hashes, by split.
         questions: What is asked of what is trained.
@@ -68,6 +70,7 @@ class Setting(NamedTuple):
     """
 
     comparison: Comparison
+    contenders: Sequence[Contender]
     bases: dict[str, CheckpointSource]
     records: dict[str, Records]
     record_hashes: dict[str, str]
@@ -79,12 +82,19 @@ class Setting(NamedTuple):
 
 
 def prepare(
-    comparison: Comparison, *, workdir: Path, results: Path, command: str, say: Say
+    comparison: Comparison,
+    chosen: Sequence[str] = (),
+    *,
+    workdir: Path,
+    results: Path,
+    command: str,
+    say: Say,
 ) -> Setting:
     """Opens the bases, reads the questions and makes the records that all runs see.
 
     Args:
         comparison: The comparison, checked.
+        chosen: Names of the contenders to run; empty takes all.
         workdir: Its folder.
         results: Of its results.
         command: What reproduces a run.
@@ -97,11 +107,12 @@ def prepare(
         UserError: A base, contender, text or task cannot be used.
     """
     base = open_checkpoint(comparison.experiment.base)
-    bases = {"": base} | {
-        contender.base: open_checkpoint(contender.base)
-        for contender in comparison.contenders
-        if contender.base
-    }
+    contenders = [c for c in comparison.contenders if not chosen or c.name in chosen]
+    bases = {"": base}
+    for contender in contenders:
+        if contender.base:
+            with _telling_of(contender):
+                bases[contender.base] = open_checkpoint(contender.base)
     tokenizer = load_tokenizer(base.side_files, base.hf_config, base.name)
     for other in bases.values():
         theirs = load_tokenizer(other.side_files, other.hf_config, other.name)
@@ -111,7 +122,7 @@ def prepare(
                 "read the same tokens; give bases with one tokenizer"
             )
     questions = load_questions(comparison)
-    _check_contenders(comparison, bases)
+    _check_contenders(contenders, bases)
     folder = workdir / "records"
     with in_turn(claim_of(workdir, folder.name), say):
         prepare_records(
@@ -124,7 +135,9 @@ def prepare(
     splits = load_info(folder).splits
     records = {name: load_records(folder, name, verify=True) for name in splits}
     hashes = {name: split.sha256 for name, split in splits.items()}
-    return Setting(comparison, bases, records, hashes, questions, workdir, results, command, say)
+    return Setting(
+        comparison, contenders, bases, records, hashes, questions, workdir, results, command, say
+    )
 
 
 def claim_of(workdir: Path, name: str) -> Path:
@@ -132,13 +145,23 @@ def claim_of(workdir: Path, name: str) -> Path:
     return workdir / "claims" / name
 
 
-def _check_contenders(comparison: Comparison, bases: Mapping[str, CheckpointSource]) -> None:
+@contextlib.contextmanager
+def _telling_of(contender: Contender) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"contender {contender.name}: {error}; --only=NAMES leaves a contender out"
+        ) from None
+
+
+def _check_contenders(
+    contenders: Sequence[Contender], bases: Mapping[str, CheckpointSource]
+) -> None:
     """Finds what cannot be grown before hours are spent on others."""
-    for contender in comparison.contenders:
-        try:
+    for contender in contenders:
+        with _telling_of(contender):
             plan_expansion(bases[contender.base], contender.upscale)
-        except UserError as error:
-            raise UserError(f"contender {contender.name}: {error}") from None
 
 
 def finished_result(setting: Setting, run: Run) -> dict[str, Any] | None:
@@ -157,19 +180,24 @@ def finished_result(setting: Setting, run: Run) -> dict[str, Any] | None:
 def make_result(setting: Setting, run: Run) -> None:
     """Grows, trains and asks; leaves the result, and the model where it is to be exported.
 
+    A result that is there already, of a run that is made again for its model, stays as it is.
+
     Raises:
         UserError: Something cannot be read or written.
     """
     setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
-    result = _perform(setting, run, recipe_of(setting.comparison, setting.record_hashes))
+    recipe = recipe_of(setting.comparison, setting.record_hashes)
+    result = _perform(setting, run, recipe)
     exported = _exported(setting, run)
     if exported and not _diverged(result) and not _is_exported(exported, _made_as(setting, run)):
         _export(setting, run, exported)
-    path = write_result(setting.results, run, result)
+    before = read_result(setting.results, run, recipe)
+    path = None if before else write_result(setting.results, run, result)
     # Large, and of no more use now that the result is written; one that diverged may have none.
     shutil.rmtree(setting.workdir / "runs" / run.name / "checkpoints", ignore_errors=True)
     loss = result["held_out"][-1]["loss"]
-    setting.say(f"{run.name}: held-out loss {loss:.4f} nats a token; {path}")
+    where = path or "the result that was there before stays"
+    setting.say(f"{run.name}: held-out loss {loss:.4f} nats a token; {where}")
 
 
 def _diverged(result: Mapping[str, Any]) -> bool:
@@ -186,17 +214,22 @@ def _exported(setting: Setting, run: Run) -> Path | None:
 def _made_as(setting: Setting, run: Run) -> dict[str, Any]:
     """What tells an exported model from that of another run, as JSON keeps it."""
     recipe = recipe_of(setting.comparison, setting.record_hashes)
-    facts = {"run": run.name, "learning_rate": run.learning_rate, "recipe": recipe}
+    facts = {
+        "run": run.name,
+        "learning_rate": run.learning_rate,
+        "upscale": upscale_settings(run.contender),
+        "recipe": recipe,
+    }
     return json.loads(json.dumps(facts))
 
 
-def refuse_other_exports(setting: Setting, contenders: Sequence[Contender]) -> None:
+def refuse_other_exports(setting: Setting) -> None:
     """Refuses models of another recipe before anything is run: only the rate is not known yet.
 
     Raises:
         UserError: There is one.
     """
-    for contender in contenders:
+    for contender in setting.contenders:
         run = Run(contender, "final", setting.comparison.seeds[0], math.nan)
         if folder := _exported(setting, run):
             _is_exported(folder, _made_as(setting, run) | {"learning_rate": None})
@@ -269,6 +302,7 @@ def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str,
         "seed": run.seed,
         "learning_rate": run.learning_rate,
         "upscale": upscale_settings(run.contender),
+        "base_sha256": manifest.base["sha256"],
         "method": dataclasses.asdict(method) | {"transport": manifest.options.get("transport", "")},
         **_curve(experiment, folder, done),
         **answers,
@@ -289,7 +323,9 @@ def _devices() -> str:
 def _grow(setting: Setting, contender: Contender) -> Path:
     # A name may come to mean something else between two starts; a model made of it may not.
     base = setting.bases[contender.base]
-    made_from = json.dumps([base.name, upscale_settings(contender)])
+    made_as = Path(contender.base or base.name) / _MADE_AS
+    run_of_base = [made_as.read_text()] if made_as.exists() else []
+    made_from = json.dumps([base.name, upscale_settings(contender), *run_of_base])
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:8]
     folder = setting.workdir / "expanded" / f"{contender.name}_{digest}"
     with in_turn(claim_of(setting.workdir, folder.name), setting.say):

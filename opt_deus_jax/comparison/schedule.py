@@ -1,7 +1,6 @@
 """Which run is next, for as many processes as work on a comparison."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from opt_deus_jax.checkpoints.lock import claimed
@@ -20,7 +19,7 @@ from opt_deus_jax.config import Comparison, Contender
 _PAUSE = 1
 
 
-def run_all(setting: Setting, chosen: Sequence[str] = ()) -> list[dict[str, Any]]:
+def run_all(setting: Setting) -> list[dict[str, Any]]:
     """Makes every run that has no result yet: first the sweeps, then a seed after another.
 
     Processes that share a work directory share the runs. Each run is made by one of them; one that
@@ -30,7 +29,6 @@ def run_all(setting: Setting, chosen: Sequence[str] = ()) -> list[dict[str, Any]
 
     Args:
         setting: From `prepare`.
-        chosen: Names of contenders; empty takes all.
 
     Returns:
         The result of each run, whoever made it: sweeps by contender, then seed by seed.
@@ -38,11 +36,10 @@ def run_all(setting: Setting, chosen: Sequence[str] = ()) -> list[dict[str, Any]
     Raises:
         UserError: A run fails, or a result is of another recipe.
     """
-    contenders = [c for c in setting.comparison.contenders if not chosen or c.name in chosen]
-    refuse_other_exports(setting, contenders)
+    refuse_other_exports(setting)
     told = ""
     while True:
-        results, wanted = _survey(setting, contenders)
+        results, wanted = _survey(setting)
         if not wanted:
             return results
         if any(_make_unless_claimed(setting, run) for run in wanted):
@@ -53,11 +50,9 @@ def run_all(setting: Setting, chosen: Sequence[str] = ()) -> list[dict[str, Any]
         time.sleep(_PAUSE)
 
 
-def _survey(
-    setting: Setting, contenders: Sequence[Contender]
-) -> tuple[list[dict[str, Any]], list[Run]]:
+def _survey(setting: Setting) -> tuple[list[dict[str, Any]], list[Run]]:
     """What is finished, and what can be begun now, in order of preference."""
-    comparison = setting.comparison
+    comparison, contenders = setting.comparison, setting.contenders
     results: list[dict[str, Any]] = []
     wanted: list[Run] = []
 

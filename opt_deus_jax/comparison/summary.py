@@ -45,7 +45,8 @@ def finals_by_contender(runs: Iterable[FinishedRun]) -> dict[str, list[FinishedR
 def contender_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     """A row for each contender: what came of it, over its seeds.
 
-    `accuracy` is the mean over tasks and seeds; `accuracy_stderr` its standard error over seeds;
+    `accuracy` is the mean over tasks and seeds, and like the perplexity None where a seed diverged,
+    which is asked nothing; `accuracy_stderr` is its standard error over seeds;
     `accuracy_binomial` the error that comes of the number of questions, which more seeds do not
     lessen: sqrt(sum over tasks of acc_stderr^2) / tasks, its root mean square over seeds.
 
@@ -58,8 +59,8 @@ def contender_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     rows = []
     for name, finals in finals_by_contender(runs).items():
         any_run = finals[0] if finals else next(run for run in runs if run.contender == name)
-        perplexities = [r.word_perplexity for r in finals if r.word_perplexity is not None]
-        accuracies = [r.mean_accuracy for r in finals if r.mean_accuracy is not None]
+        perplexities = _all_or_none([run.word_perplexity for run in finals])
+        accuracies = _all_or_none([run.mean_accuracy for run in finals])
         losses = {
             f"loss_{100 * share:.0f}": _mean([run.loss_at(share) for run in finals])
             for share in FRACTIONS
@@ -73,7 +74,7 @@ def contender_rows(runs: Sequence[FinishedRun]) -> list[Row]:
             "loss_stderr": standard_error([run.final_loss for run in finals]),
             "accuracy": _mean(accuracies),
             "accuracy_stderr": standard_error(accuracies),
-            "accuracy_binomial": _binomial_error(finals),
+            "accuracy_binomial": _binomial_error(finals) if accuracies else None,
             "word_perplexity": _mean(perplexities),
             "word_perplexity_stderr": standard_error(perplexities),
             "step_seconds": _median([run.step_seconds for run in finals]),
@@ -278,8 +279,13 @@ def _root_mean_square(values: Sequence[float]) -> float:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    known = _all_or_none(values)
+    return statistics.fmean(known) if known else None
+
+
+def _all_or_none(values: Sequence[float | None]) -> list[float]:
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+    return known if len(known) == len(values) else []
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -62,9 +62,8 @@ def published_beside_ours(
     known = [row for row in ours if row["word_perplexity"] is not None]
     known.sort(key=lambda row: row["word_perplexity"])
     our_order = " < ".join(r["contender"] for r in known if r["contender"] in counterparts)
-    write_title(
-        figure, f"Word perplexity, published: {order}; ours, the same methods: {our_order or '-'}"
-    )
+    title = f"Word perplexity, published: {order}; ours, the same methods: {our_order or '-'}"
+    write_title(figure, title if tried else "None of ours is a method that they have tried")
     return figure
 
 

@@ -31,6 +31,8 @@ def a_run(contender: str = "copy_next", **changed: Any) -> dict[str, Any]:
         "kind": "final",
         "seed": 0,
         "learning_rate": 1e-3,
+        "upscale": {"method": "copy_next"},
+        "base_sha256": "0a",
         "method": method(),
         "steps": steps,
         "tokens_per_step": 1024,

@@ -86,6 +86,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ),
         ({"recipe": RECIPE | {"new": 1}}, r"recipe\.new=None.*1"),
         ({"learning_rate": 2e-3}, r"learning_rate=0\.001.*0\.002"),
+        ({"base_sha256": "0b"}, "base_sha256='0a'.*'0b'"),
         ({"method": method("bottom")}, r"method\.layout='top'.*'bottom'"),
         ({"steps": 200}, r"steps=100.*200"),
     ],
@@ -94,6 +95,13 @@ def test_runs_that_cannot_be_compared_are_refused_by_field(tmp_path, changed, na
     write(tmp_path, a_run(), a_run(seed=1, **changed))
     with pytest.raises(UserError, match=name):
         read_runs(tmp_path)
+
+
+def test_contenders_may_have_bases_of_their_own(tmp_path):
+    own = {"upscale": {"method": "base", "base": "grown"}, "base_sha256": "0b"}
+    assert len(read_runs(write(tmp_path, a_run(), a_run("on", **own)))) == 2
+    with pytest.raises(UserError, match="base_sha256='0b'.*'0c'"):
+        read_runs(write(tmp_path, a_run("on", seed=1, **(own | {"base_sha256": "0c"}))))
 
 
 def test_other_tasks_are_refused(tmp_path):

@@ -224,6 +224,16 @@ def test_a_run_that_diverged_is_last_and_spoils_no_other(tmp_path):
     assert math.isnan(row["loss_difference"])
 
 
+def test_where_a_seed_diverged_the_others_answers_are_no_mean_of_all(tmp_path):
+    answers = {"piqa": {"acc": 0.5, "acc_stderr": 0.1, "questions": 20}}
+    asked = {"accuracies": answers, "word_perplexity": 30.0}
+    contents = [a_run("lost", final=math.nan), a_run("lost", seed=1, **asked), a_run(**asked)]
+    kept, lost = summary.contender_rows(read_runs(write(tmp_path, *contents)))
+    assert (kept["accuracy"], kept["word_perplexity"]) == (0.5, 30.0)
+    for field in ("accuracy", "accuracy_stderr", "accuracy_binomial", "word_perplexity"):
+        assert lost[field] is None
+
+
 def test_rows_are_plain(tmp_path):
     runs = read_runs(write(tmp_path, *a_comparison(contenders(), seeds=2)))
     for rows in (

@@ -159,6 +159,24 @@ def test_a_trained_model_is_left_and_can_be_trained_on(
     assert end < start
 
 
+def test_a_run_made_again_for_its_model_leaves_its_result(
+    workdir: Path, arguments: list[str], tmp_path: Path
+):
+    path = tmp_path / "results" / "copy_next_seed0.json"
+    shutil.copytree(workdir / "results", tmp_path / "results")
+    # What another machine found.
+    path.write_text(path.read_text().replace('"steps": 10,', '"steps": 10, '))
+    before = path.read_text()
+    command = ("compare", *arguments, f"--workdir={tmp_path}", "--only=copy_next")
+    assert "the result that was there before stays" in succeed(*command)
+    assert path.read_text() == before
+    made_as = json.loads((tmp_path / "exported" / "copy_next" / "comparison.json").read_text())
+    assert made_as["upscale"] == {"method": "copy_next", "num_new_layers": 2}
+    made_as["upscale"]["method"] = "copy_previous"
+    (tmp_path / "exported" / "copy_next" / "comparison.json").write_text(json.dumps(made_as))
+    assert "from a run that had upscale.method='copy_previous'" in fail(*command)
+
+
 def test_a_base_with_another_tokenizer_is_refused(
     workdir: Path, arguments: list[str], tmp_path: Path
 ):
@@ -191,7 +209,7 @@ def test_missing_questions_are_found_before_anything_is_made(arguments: list[str
 
 
 def test_a_contender_that_cannot_be_grown_is_found_before_others_are_trained(
-    base: Path, tmp_path: Path
+    base: Path, text: Path, tmp_path: Path
 ):
     (work := tmp_path / "work").mkdir()
     comparison = get_config()
@@ -199,9 +217,16 @@ def test_a_contender_that_cannot_be_grown_is_found_before_others_are_trained(
     comparison.questions = comparison.perplexity_pages = 0
     uneven = UpscaleConfig(method="copy_next", num_new_layers=3, layout="uniform")
     comparison.contenders += (Contender("uneven", uneven),)
+    missing = Contender("on", UpscaleConfig(method="base"), base="no/such/model")
+    comparison.contenders += (missing,)
+    folders: Any = {"workdir": work, "results": work, "command": "", "say": print}
     with pytest.raises(UserError, match=r"contender uneven: .*num_new_layers=3"):
-        prepare(comparison, workdir=work, results=work, command="", say=print)
+        prepare(comparison, ["copy_next", "uneven"], **folders)
+    with pytest.raises(UserError, match=r"contender on: .*no/such/model.*--only=NAMES"):
+        prepare(comparison, **folders)
     assert not list(work.iterdir())
+    comparison.experiment.data.train = str(text)
+    assert set(prepare(comparison, ["copy_next"], **folders).bases) == {""}
 
 
 def test_a_config_of_one_experiment_is_refused(base: Path, tmp_path: Path):
