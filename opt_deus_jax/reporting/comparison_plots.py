@@ -141,7 +141,9 @@ def final_losses(
         axis.axvline(mean, color="0.3", linestyle="--", linewidth=1, zorder=1)
         better = sum(_is_below(losses[dot.name], losses[reference]) for dot in dots)
         others = f"{len(dots) - 1} other{'s' * (len(dots) > 2)}"
-        title += f"; {better} of {others} end below {reference} (dashed)"
+        title += (
+            f"; by the seeds that both have {better} of {others} end below {reference} (dashed)"
+        )
     axis.set_xlabel("held-out loss after training, nats a token; rings: seeds, bar: standard error")
     write_title(figure, title)
     return figure

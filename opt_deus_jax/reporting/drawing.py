@@ -154,6 +154,10 @@ def draw_dots(
         for value in (dot.centre - reach, dot.centre + reach, *dot.points)
     ]
     low, high = robust_limits(extents)
+    # What a mean is of is shown whole where the mean is.
+    points = [point for dot in dots if low <= dot.centre <= high for point in dot.points]
+    edge = 0.02 * (high - low)
+    low, high = min([low, *(x - edge for x in points)]), max([high, *(x + edge for x in points)])
     for y, dot in enumerate(dots):
         look = looks[dot.name]
         colour = look.colour if look.front else "0.45"

@@ -65,7 +65,20 @@ def test_final_losses_show_seeds_means_and_the_reference():
     (dashed,) = [line for line in axis.lines if line.get_linestyle() == "--"]
     assert np.asarray(dashed.get_xdata())[0] == pytest.approx(2.65)
     assert "best ends lowest: 2.550" in figure.get_suptitle()
-    assert "1 of 2 others end below copy_next" in figure.get_suptitle()
+    assert "both have 1 of 2 others end below copy_next" in figure.get_suptitle()
+
+
+def test_all_seeds_of_a_mean_that_is_shown_are_shown():
+    losses = {str(i): {0: 2.7 + i / 1000, 1: 2.7 + i / 1000} for i in range(9)}
+    losses["wide"] = {0: 2.664, 1: 2.736}
+    rows = [
+        {"contender": name, "loss_100": np.mean(list(of.values())), "loss_stderr": 0.0}
+        for name, of in losses.items()
+    ]
+    (axis,) = plots.final_losses(rows, losses, "0", ["0"]).axes
+    low, high = axis.get_xlim()
+    assert low < 2.664
+    assert high > 2.736
 
 
 def difference(name, value, error, p, pairs=3):
