@@ -95,14 +95,20 @@ def load_tasks(settings: EvaluationConfig) -> list[Task | Group]:
     """Builds the tasks that a configuration names.
 
     Args:
-        settings: Its `tasks`, `local_data` and `num_fewshot`.
+        settings: Its `tasks`, `local_data`, `limit` and `num_fewshot`.
 
     Returns:
         A task or group for each name; of a tag all its tasks.
 
     Raises:
-        UserError: A task is unknown, or the hub or the folder does not have its questions.
+        UserError: A task is unknown, the hub or the folder does not have its questions, or a number
+            is negative.
     """
+    for field in ("limit", "num_fewshot"):
+        if getattr(settings, field) < 0:
+            raise UserError(
+                f"config field evaluation.{field}={getattr(settings, field)}: use 0 or more"
+            )
     if not settings.tasks:
         raise UserError(f"config field evaluation.tasks is empty; use {','.join(PAPER_TASKS)}")
     if not settings.local_data:

@@ -60,6 +60,8 @@ def test_prompts_are_those_of_lm_eval(questions: Path) -> None:
         ({"tasks": ()}, ("evaluation.tasks", "empty")),
         ({"tasks": ("piqa",), "num_fewshot": 2}, ("num_fewshot", "training split")),
         ({"local_data": "/nowhere"}, ("evaluation.local_data", "/nowhere")),
+        ({"limit": -1}, ("evaluation.limit=-1", "0 or more")),
+        ({"num_fewshot": -1}, ("evaluation.num_fewshot=-1", "0 or more")),
     ],
 )
 def test_what_cannot_be_asked_is_named(
