@@ -90,7 +90,9 @@ def _draw_curves(
     is_long = max(float(x_S[-1]) for x_S, _ in curves.values()) >= 1e6
     unit, unit_name = (1e6, "millions") if is_long else (1e3, "thousands")
     low, high = robust_limits([float(mean[-1]) for mean in means.values()])
-    near = [name for name, mean in means.items() if low <= mean[-1] <= high] or list(means)
+    # Of those with a colour, what is far better than the others is what the picture is about.
+    near = [n for n, y in means.items() if y[-1] <= high and (looks[n].front or y[-1] >= low)]
+    near = near or list(means)
     extents = [float(value) for name in near for value in means[name]]
     for name, (x_S, y_RS) in curves.items():
         look, mean_S, tokens_S = looks[name], means[name], x_S / unit

@@ -37,6 +37,16 @@ def test_curves_are_drawn_beside_their_distance_from_the_reference():
     assert "copy_next 2.710" in title
 
 
+def test_a_highlighted_curve_that_ends_far_below_is_in_sight_and_others_are_not():
+    ends = {"best": 2.0, "copy_next": 2.7, "worst": 3.1} | {str(i): 2.7 + i / 1e3 for i in range(9)}
+    curves = {name: curve(end) for name, end in ends.items()}
+    for coloured, is_seen in ((["best", "copy_next", "worst"], True), (["copy_next"], False)):
+        for axis in plots.loss_curves(curves, "copy_next", coloured).axes:
+            low, high = axis.get_ylim()
+            assert (low < float(lines(axis)[0].get_ydata()[-1])) == is_seen
+    assert high < 0.4
+
+
 def test_without_the_reference_there_is_one_panel_and_all_have_names():
     figure = plots.loss_curves({"a": curve(2.6), "b": curve(2.7)}, "copy_next", ["a"])
     (axis,) = figure.axes
