@@ -323,7 +323,7 @@ def _devices() -> str:
 def _grow(setting: Setting, contender: Contender) -> Path:
     # A name may come to mean something else between two starts; a model made of it may not.
     base = setting.bases[contender.base]
-    made_as = Path(contender.base or base.name) / _MADE_AS
+    made_as = Path(contender.base or setting.comparison.experiment.base).expanduser() / _MADE_AS
     run_of_base = [made_as.read_text()] if made_as.exists() else []
     made_from = json.dumps([base.name, upscale_settings(contender), *run_of_base])
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:8]

@@ -146,7 +146,7 @@ def test_a_trained_model_is_left_and_can_be_trained_on(
     workdir: Path, arguments: list[str], tmp_path: Path
 ):
     assert [path.name for path in (workdir / "exported").iterdir()] == ["copy_next"]
-    model = workdir / "exported" / "copy_next"
+    model = shutil.copytree(workdir / "exported" / "copy_next", tmp_path / "copy_next")
     config = f"--config=tests/entry/tiny_comparison.py:{model}"
     command = [config, *arguments[1:], f"--workdir={tmp_path}", "--config.seeds=(0,)"]
     succeed("compare", *command)
@@ -157,6 +157,12 @@ def test_a_trained_model_is_left_and_can_be_trained_on(
     before = results(workdir)["copy_next_seed0"]["held_out"][-1]["loss"]
     assert start == pytest.approx(before, abs=1e-5)
     assert end < start
+    # The model of another run under the same name is grown from anew.
+    made_as = model / "comparison.json"
+    made_as.write_text(made_as.read_text().replace("copy_next_seed0", "copy_next_seed7"))
+    shutil.rmtree(tmp_path / "results")
+    succeed("compare", *command)
+    assert len(list((tmp_path / "expanded").iterdir())) == 2
 
 
 def test_a_run_made_again_for_its_model_leaves_its_result(
