@@ -117,7 +117,7 @@ def draw_figures(
     finals = {n: found for n, found in statistics.finals_by_contender(runs).items() if found}
     front, first = highlighted(finals, references), references[0]
     ended = [row for row in summary["contenders"] if row["seeds"]]
-    losses = {n: {run.seed: run.final_loss for run in found} for n, found in finals.items()}
+    losses = {name: [run.final_loss for run in found] for name, found in finals.items()}
     paired = [
         row
         for row in summary["paired"]
@@ -135,7 +135,7 @@ def draw_figures(
     plots, tuning = comparison_plots, tuning_plots
     return {
         "loss_curves": plots.loss_curves(curves, first, front) if finals else None,
-        "final_losses": plots.final_losses(ended, losses, first, front) if finals else None,
+        "final_losses": plots.final_losses(ended, losses, paired, first, front) if finals else None,
         "paired_differences": plots.paired_differences(paired, first, front) if paired else None,
         "accuracies": plots.accuracies(by_task, front) if by_task else None,
         "step_times": tuning.step_times(steps) if steps else None,

@@ -114,7 +114,8 @@ def _draw_curves(
 @mpl.rc_context(LOOK)
 def final_losses(
     rows: Sequence[Mapping[str, Any]],
-    losses: Mapping[str, Mapping[int, float]],
+    losses: Mapping[str, Sequence[float]],
+    paired: Sequence[Mapping[str, Any]],
     reference: str,
     highlighted: Sequence[str],
 ) -> Figure:
@@ -122,8 +123,10 @@ def final_losses(
 
     Args:
         rows: From `contender_rows`, those with a final loss, in the order to draw.
-        losses: By contender and seed.
-        reference: Gets a line through its mean; who ends below it is told by shared seeds.
+        losses: By contender, one a seed.
+        paired: From `paired_rows`, those against the reference that have a difference. Orders of
+            the text differ more than contenders do, so means over other seeds tell no order.
+        reference: Gets a line through its mean.
         highlighted: Contenders that get a colour.
 
     Returns:
@@ -131,7 +134,7 @@ def final_losses(
     """
     figure, axis = _row_figure(len(rows))
     dots = [
-        Dot(name, row["loss_100"], row["loss_stderr"], points=list(losses[name].values()))
+        Dot(name, row["loss_100"], row["loss_stderr"], points=losses[name])
         for row in rows
         for name in (row["contender"],)
     ]
@@ -141,19 +144,14 @@ def final_losses(
     if reference in losses:
         mean = next(dot.centre for dot in dots if dot.name == reference)
         axis.axvline(mean, color="0.3", linestyle="--", linewidth=1, zorder=1)
-        better = sum(_is_below(losses[dot.name], losses[reference]) for dot in dots)
-        others = f"{len(dots) - 1} other{'s' * (len(dots) > 2)}"
+        better = sum(row["loss_difference"] < 0 for row in paired)
+        others = f"{len(paired)} other{'s' * (len(paired) > 1)}"
         title += (
             f"; by the seeds that both have {better} of {others} end below {reference} (dashed)"
         )
     axis.set_xlabel("held-out loss after training, nats a token; rings: seeds, bar: standard error")
     write_title(figure, title)
     return figure
-
-
-def _is_below(ours: Mapping[int, float], theirs: Mapping[int, float]) -> bool:
-    # Orders of the text differ more than contenders do: means of other seeds say nothing.
-    return sum(ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()) < 0
 
 
 @mpl.rc_context(LOOK)

@@ -41,10 +41,11 @@ def test_a_highlighted_curve_that_ends_far_below_is_in_sight_and_others_are_not(
     ends = {"best": 2.0, "copy_next": 2.7, "worst": 3.1} | {str(i): 2.7 + i / 1e3 for i in range(9)}
     curves = {name: curve(end) for name, end in ends.items()}
     for coloured, is_seen in ((["best", "copy_next", "worst"], True), (["copy_next"], False)):
-        for axis in plots.loss_curves(curves, "copy_next", coloured).axes:
-            low, high = axis.get_ylim()
-            assert (low < float(lines(axis)[0].get_ydata()[-1])) == is_seen
-    assert high < 0.4
+        left, right = plots.loss_curves(curves, "copy_next", coloured).axes
+        for axis in (left, right):
+            end = np.asarray(lines(axis)[0].get_ydata())[-1]
+            assert (axis.get_ylim()[0] < end) == is_seen
+        assert right.get_ylim()[1] < 0.4
 
 
 def test_without_the_reference_there_is_one_panel_and_all_have_names():
@@ -64,12 +65,13 @@ def test_a_single_seed_is_called_one_and_long_trainings_are_in_millions():
 
 def test_final_losses_show_seeds_means_and_the_reference():
     # By its own seed `single` lies below, by the seed that both have above.
-    losses = {"best": {0: 2.5, 1: 2.6}, "copy_next": {0: 2.6, 1: 2.7}, "single": {0: 2.64}}
+    losses = {"best": [2.5, 2.6], "copy_next": [2.6, 2.7], "single": [2.64]}
+    paired = [difference("best", -0.1, 0.0, 0.01), difference("single", 0.04, None, None, pairs=1)]
     rows = [
-        {"contender": name, "loss_100": np.mean(list(of.values())), "loss_stderr": error}
+        {"contender": name, "loss_100": np.mean(of), "loss_stderr": error}
         for (name, of), error in zip(losses.items(), (0.05, 0.05, None), strict=True)
     ]
-    figure = plots.final_losses(rows, losses, "copy_next", ["copy_next"])
+    figure = plots.final_losses(rows, losses, paired, "copy_next", ["copy_next"])
     (axis,) = figure.axes
     assert len(axis.containers) == 3
     (dashed,) = [line for line in axis.lines if line.get_linestyle() == "--"]
@@ -79,13 +81,12 @@ def test_final_losses_show_seeds_means_and_the_reference():
 
 
 def test_all_seeds_of_a_mean_that_is_shown_are_shown():
-    losses = {str(i): {0: 2.7 + i / 1000, 1: 2.7 + i / 1000} for i in range(9)}
-    losses["wide"] = {0: 2.664, 1: 2.736}
+    losses = {str(i): [2.7 + i / 1000] * 2 for i in range(9)} | {"wide": [2.664, 2.736]}
     rows = [
-        {"contender": name, "loss_100": np.mean(list(of.values())), "loss_stderr": 0.0}
+        {"contender": name, "loss_100": np.mean(of), "loss_stderr": 0.0}
         for name, of in losses.items()
     ]
-    (axis,) = plots.final_losses(rows, losses, "0", ["0"]).axes
+    (axis,) = plots.final_losses(rows, losses, [], "0", ["0"]).axes
     low, high = axis.get_xlim()
     assert low < 2.664
     assert high > 2.736
