@@ -74,7 +74,13 @@ def check_comparison(comparison: Comparison) -> None:
             raise UserError(f"config field {field}={getattr(comparison, field)}: use 0 or more")
     if comparison.questions == 1:
         raise UserError("config field questions=1: one question has no error; use 0 or 2 and more")
-    steps, evaluations = comparison.experiment.training.steps, comparison.evaluations
+    training, evaluations = comparison.experiment.training, comparison.evaluations
+    if training.epochs:
+        raise UserError(
+            f"config field experiment.training.epochs={training.epochs}: use 0; all contenders "
+            "are trained for experiment.training.steps"
+        )
+    steps = training.steps
     if evaluations < 1:
         raise UserError(f"config field evaluations={evaluations}: use 1 or more")
     if steps < evaluations or steps % evaluations:

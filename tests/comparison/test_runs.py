@@ -123,6 +123,13 @@ def test_steps_that_have_no_fifths_are_refused():
         check_comparison(one)
 
 
+def test_epochs_are_refused_for_a_comparison_counts_steps():
+    one = comparison()
+    one.experiment.training.epochs = 2
+    with pytest.raises(UserError, match=r"experiment\.training\.epochs=2: use 0"):
+        check_comparison(one)
+
+
 @pytest.mark.parametrize(("evaluations", "every"), [(1, 10), (5, 2)])
 def test_held_out_losses_are_taken_as_often_as_asked(evaluations: int, every: int):
     one = comparison(evaluations=evaluations)
