@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 export JAX_PLATFORMS ?= cpu
+# Linux hands out big allocations in pages of 2 MiB then, where it would clear them 4 KiB by 4 KiB.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test lint install clean
 
