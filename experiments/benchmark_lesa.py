@@ -70,7 +70,7 @@ def main() -> None:
             )
         )
         content = {**result, "matrices": rows, "versions": software_versions()}
-        write_json(Path(_RESULT.value), content)
+        write_json(Path(_RESULT.value).expanduser(), content)
     show(records_table(rows, "Relative error of a layer that was left out"))
 
 

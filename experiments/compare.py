@@ -55,7 +55,7 @@ def main() -> None:
     if unknown:
         raise UserError(f"--only={unknown[0]}: no contender; use some of {', '.join(names)}")
     workdir = Path(flags.FLAGS.workdir).expanduser().absolute()
-    results = Path(_RESULTS.value).absolute() if _RESULTS.value else workdir / "results"
+    results = Path(_RESULTS.value or workdir / "results").expanduser().absolute()
     if not _REPORT_ONLY.value:
         # What seeds, rates and contenders have in common is compiled once.
         with tempfile.TemporaryDirectory(prefix="opt_deus_compiled_") as compiled:
@@ -65,7 +65,7 @@ def main() -> None:
             folders = {"workdir": workdir, "results": results}
             setting = prepare(comparison, _ONLY.value, **folders, command=_command(), say=show)
             run_all(setting)
-    published = Path(_PUBLISHED.value) if _PUBLISHED.value else None
+    published = Path(_PUBLISHED.value).expanduser() if _PUBLISHED.value else None
     # Processes that share the runs end together.
     claim = claim_of(workdir, "report")
     alone = contextlib.nullcontext() if _REPORT_ONLY.value else in_turn(claim, show)

@@ -62,7 +62,7 @@ def main() -> None:
     )
     show(report_table(report, f"{experiment.base}, {len(layers)} layers, on {topology.name}"))
     if _OUTPUT.value:
-        write_json(Path(_OUTPUT.value), as_json(report))
+        write_json(Path(_OUTPUT.value).expanduser(), as_json(report))
     if report.missing_bytes:
         raise does_not_fit(topology, report.missing_bytes)
 

@@ -68,7 +68,7 @@ def main() -> None:
         figure = draw_layout(
             Path(name).name.removesuffix(".gguf"), layers, list(map(bool, trained.blocks)), method
         )
-        save(figure, Path(_PICTURE.value))
+        save(figure, Path(_PICTURE.value).expanduser())
         show(f"picture: {_PICTURE.value}")
 
 
