@@ -72,13 +72,15 @@ def test_every_documented_command_is_taken_by_its_launcher() -> None:
 
 def test_documented_plans_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     plans = [arguments for _, launcher, arguments in documented() if launcher == "plan"]
     assert plans
     for arguments in plans:
         # Launchers run in the checkout, which no test may litter.
-        here = [a.replace("--picture=", "--picture=~/") for a in arguments]
+        here = [a.replace("--picture=", "--picture=~/pictures/") for a in arguments]
         assert "parameters" in succeed("plan", *here)
-    assert [path.name for path in tmp_path.iterdir()] == ["method.png"]
+    assert [path.name for path in folder.iterdir()] == ["method.png"]
 
 
 def test_documented_extras_and_targets_exist() -> None:
