@@ -3,10 +3,10 @@ r"""Compares ways to grow a model: each trained alike, on the same text in the s
 python -m experiments.compare --config=configs/compare_smollm2.py --workdir=runs/compare
 For every contender of the config it tries learning rates, trains once for each seed and asks the
 tasks. A finished run leaves RESULTS/NAME.json and is not made again: interrupt it, start it again,
-on another machine too. Start it once for each device (CUDA_VISIBLE_DEVICES=N, or taskset -c N): all
-with one --workdir share the runs. Then it writes tables and pictures to RESULTS/report, as far as
-the runs go; --report_only makes only these. --published=FILE draws the authors'
-official_results.json beside.
+on another machine too. SIGTERM saves the step and exits with status 143. Start it once for each
+device (CUDA_VISIBLE_DEVICES=N, or taskset -c N): all with one --workdir share the runs. Then it
+writes tables and pictures to RESULTS/report, as far as the runs go; --report_only makes only these.
+--published=FILE draws the authors' official_results.json beside.
 """
 
 import contextlib

@@ -7,7 +7,6 @@ and exits with status 143. Writes WORKDIR/checkpoints, metrics.jsonl, tensorboar
 """
 
 import hashlib
-import sys
 from pathlib import Path
 
 import jax
@@ -23,7 +22,6 @@ from opt_deus_jax.reporting.plots import plot_losses
 from opt_deus_jax.reporting.tables import show
 from opt_deus_jax.training.loop import TrainingResult, train
 from opt_deus_jax.training.metrics import read_metrics
-from opt_deus_jax.training.preemption import EXIT_STATUS, Preempted
 from opt_deus_jax.training.segments import select_trained
 
 _PROFILE = flags.DEFINE_integer(
@@ -45,21 +43,17 @@ def main() -> None:
     config = read_model_config(source.hf_config, source.name)
     fingerprints = {f"{name} records": split.sha256 for name, split in splits.items()}
     fingerprints["grown model"] = hashlib.sha256((expanded / FILE_NAME).read_bytes()).hexdigest()
-    try:
-        result = train(
-            experiment,
-            source,
-            trained=select_trained(config, manifest.is_new, manifest.trained),
-            train_records=records["train"],
-            held_out_records=records["held_out"],
-            workdir=workdir,
-            fingerprints=fingerprints,
-            devices=jax.devices(),
-            profiled_steps=range(_PROFILE.value, _PROFILE.value + 3 * bool(_PROFILE.value)),
-        )
-    except Preempted as preempted:
-        print(preempted, file=sys.stderr)
-        sys.exit(EXIT_STATUS)
+    result = train(
+        experiment,
+        source,
+        trained=select_trained(config, manifest.is_new, manifest.trained),
+        train_records=records["train"],
+        held_out_records=records["held_out"],
+        workdir=workdir,
+        fingerprints=fingerprints,
+        devices=jax.devices(),
+        profiled_steps=range(_PROFILE.value, _PROFILE.value + 3 * bool(_PROFILE.value)),
+    )
     if is_writer:
         report(workdir, result)
 

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from opt_deus_jax.config import Experiment, validate
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.training.preemption import EXIT_STATUS, Preempted
 from opt_deus_jax.whole_files import write_json
 
 CONFIG_FILE = "config.json"
@@ -57,6 +58,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[], None]) -> None:
     """Runs a launcher: bad flags and `UserError` become one line on stderr and exit status 1.
 
+    A training that SIGTERM stopped says so in one line too, with `EXIT_STATUS`.
+
     Args:
         main: The launcher's work.
     """
@@ -70,6 +73,9 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             _fail(str(error))
+        except Preempted as preempted:
+            print(preempted, file=sys.stderr)
+            sys.exit(EXIT_STATUS)
 
     app.run(guarded, flags_parser=_parse_flags)
 

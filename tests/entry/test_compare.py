@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from opt_deus_jax.comparison.running import prepare
 from opt_deus_jax.config import Contender, UpscaleConfig
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.training.preemption import EXIT_STATUS
 from tests.children import end
 from tests.entry.launching import begin, fail, succeed
 from tests.entry.tiny_comparison import get_config
@@ -74,6 +76,21 @@ def test_killed_and_started_again_it_gives_the_results_of_an_uninterrupted_one(
     alone = results(tmp_path)
     assert len(alone) == 3
     assert alone == {name: found[name] for name in alone}
+
+
+def test_sigterm_ends_it_with_one_line_and_the_step_saved(arguments: list[str], tmp_path: Path):
+    flags = (*arguments, f"--workdir={tmp_path}", "--config.experiment.training.steps=500")
+    errors = tmp_path / "stderr"
+    stopped = begin("compare", *flags, outputs=(Path(os.devnull), errors))
+    while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
+        assert stopped.is_alive()
+        time.sleep(0.05)
+    os.kill(stopped.pid, signal.SIGTERM)
+    assert end([stopped], 600) == [EXIT_STATUS]
+    said = errors.read_text()
+    (step,) = re.findall(r"^SIGTERM: stopped after step (\d+), which is saved$", said, re.MULTILINE)
+    assert "Traceback" not in said
+    assert list(tmp_path.glob(f"runs/*/checkpoints/{step}"))
 
 
 def test_processes_share_the_runs_and_take_over_those_of_one_that_is_killed(
