@@ -180,18 +180,18 @@ def finished_result(setting: Setting, run: Run) -> dict[str, Any] | None:
 def make_result(setting: Setting, run: Run) -> None:
     """Grows, trains and asks; leaves the result, and the model where it is to be exported.
 
-    A result that is there already, of a run that is made again for its model, stays as it is.
+    A run that has a result and is made again for its model is not asked again; its result stays.
 
     Raises:
         UserError: Something cannot be read or written.
     """
     setting.say(f"{run.name}: learning rate {run.learning_rate:.3g}")
     recipe = recipe_of(setting.comparison, setting.record_hashes)
-    result = _perform(setting, run, recipe)
+    before = read_result(setting.results, run, recipe)
+    result = _perform(setting, run, recipe, is_asked=run.kind == "final" and before is None)
     exported = _exported(setting, run)
     if exported and not _diverged(result) and not _is_exported(exported, _made_as(setting, run)):
         _export(setting, run, exported)
-    before = read_result(setting.results, run, recipe)
     path = None if before else write_result(setting.results, run, result)
     # Large, and of no more use now that the result is written; one that diverged may have none.
     shutil.rmtree(setting.workdir / "runs" / run.name / "checkpoints", ignore_errors=True)
@@ -267,7 +267,9 @@ def _export(setting: Setting, run: Run, folder: Path) -> None:
     write_json(folder / _MADE_AS, _made_as(setting, run))
 
 
-def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _perform(
+    setting: Setting, run: Run, recipe: Mapping[str, Any], is_asked: bool
+) -> dict[str, Any]:
     experiment, folder = experiment_of(setting.comparison, run), setting.workdir / "runs" / run.name
     expanded = _grow(setting, run.contender)
     manifest, source = read_manifest(expanded), open_checkpoint(str(expanded))
@@ -292,7 +294,7 @@ def _perform(setting: Setting, run: Run, recipe: Mapping[str, Any]) -> dict[str,
         done = None
     program = make_program(experiment, config, trained, jax.devices())
     answers = {}
-    if run.kind == "final":
+    if is_asked:
         model = None if done is None else _trained_model(source, program, done)
         answers = ask(model, setting.questions)
     method = resolve_method(run.contender.upscale)

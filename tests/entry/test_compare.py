@@ -16,12 +16,14 @@ from opt_deus_jax.config import Contender, UpscaleConfig
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.training.preemption import EXIT_STATUS
 from tests.children import end
-from tests.entry.launching import begin, fail, succeed
+from tests.entry.launching import begin, fail, launch, succeed
 from tests.entry.tiny_comparison import get_config
 from tests.evaluation.questions import write_questions
 
 # What depends on the clock.
 _TIMED = ("step_seconds", "tokens_per_second")
+# The progress of scoring.
+_ASKING = "continuations: 100%"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,10 @@ def workdir(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     process.join()
     made = {path: path.stat().st_mtime_ns for path in directory.glob("results/*.json")}
     assert 0 < len(made) < 6
-    assert "copy_next" in succeed("compare", *arguments, f"--workdir={directory}")
+    resumed = launch("compare", *arguments, f"--workdir={directory}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "copy_next" in resumed.stdout
+    assert _ASKING in resumed.stderr
     assert all(path.stat().st_mtime_ns == since for path, since in made.items())
     return directory
 
@@ -194,7 +199,11 @@ def test_a_run_made_again_for_its_model_leaves_its_result(
     path.write_text(path.read_text().replace('"steps": 10,', '"steps": 10, '))
     before = path.read_text()
     command = ("compare", *arguments, f"--workdir={tmp_path}", "--only=copy_next")
-    assert "the result that was there before stays" in succeed(*command)
+    made = launch(*command)
+    assert made.returncode == 0, made.stderr
+    assert "the result that was there before stays" in made.stdout
+    # Its answers stand in that result.
+    assert _ASKING not in made.stderr
     assert path.read_text() == before
     made_as = json.loads((tmp_path / "exported" / "copy_next" / "comparison.json").read_text())
     assert made_as["upscale"] == {"method": "copy_next", "num_new_layers": 2}
