@@ -116,6 +116,7 @@ def _tuned(shared: Experiment) -> Comparison:
     fine_tune = configs.fine_tune.get_config("smollm2")
     shared.data = dataclasses.replace(fine_tune.data, max_train_tokens=2_000_000)
     shared.optimizer = fine_tune.optimizer
+    shared.training.steps, shared.training.checkpoint_every = 50, 25
     contenders = tuple(
         Contender(name, UpscaleConfig(method="base"), base=f"runs/compare/exported/{name}")
         for name in _PRESETS
