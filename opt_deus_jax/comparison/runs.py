@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from opt_deus_jax.config import Comparison, Contender, Experiment, UpscaleConfig, validate
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.training.optimizer import learning_rate_schedule
+from opt_deus_jax.training.settings import check_training
 from opt_deus_jax.upscaling.methods import resolve_method
 from opt_deus_jax.whole_files import write_text
 
@@ -88,6 +90,20 @@ def check_comparison(comparison: Comparison) -> None:
             f"config field experiment.training.steps={steps}: use a positive multiple of "
             f"evaluations={evaluations}, or other evaluations"
         )
+    for kind in ("sweep", "final"):
+        _check_recipe(comparison, kind)
+
+
+def _check_recipe(comparison: Comparison, kind: Literal["sweep", "final"]) -> None:
+    """Finds what training itself would refuse only after a model has been grown."""
+    run = Run(comparison.contenders[0], kind, comparison.sweep_seed, 0.0)
+    experiment = experiment_of(comparison, run)
+    steps = experiment.training.steps
+    try:
+        check_training(experiment.training)
+        learning_rate_schedule(experiment.optimizer, steps)
+    except UserError as error:
+        raise UserError(f"{kind} runs, of {steps} steps: {error}") from None
 
 
 def starting_rate(comparison: Comparison, contender: Contender) -> float:
