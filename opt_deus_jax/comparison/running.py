@@ -29,6 +29,7 @@ from opt_deus_jax.comparison.runs import (
     upscale_settings,
     write_result,
 )
+from opt_deus_jax.comparison.shared_fields import naming_shared_fields
 from opt_deus_jax.config import Comparison, Contender, Experiment
 from opt_deus_jax.data.preparation import prepare_records
 from opt_deus_jax.data.records import Records, load_info, load_records
@@ -81,6 +82,7 @@ class Setting(NamedTuple):
     say: Say
 
 
+@naming_shared_fields()
 def prepare(
     comparison: Comparison,
     chosen: Sequence[str] = (),
@@ -177,6 +179,7 @@ def finished_result(setting: Setting, run: Run) -> dict[str, Any] | None:
     return found if _is_exported(exported, _made_as(setting, run)) else None
 
 
+@naming_shared_fields()
 def make_result(setting: Setting, run: Run) -> None:
     """Grows, trains and asks; leaves the result, and the model where it is to be exported.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from opt_deus_jax.comparison.shared_fields import naming_shared_fields
 from opt_deus_jax.config import Comparison, Contender, Experiment, UpscaleConfig, validate
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.training.optimizer import learning_rate_schedule
@@ -39,6 +40,7 @@ class Run:
         return f"{self.contender.name}_sweep_{self.learning_rate:.3g}"
 
 
+@naming_shared_fields()
 def check_comparison(comparison: Comparison) -> None:
     """Refuses a comparison that could not be finished, before anything is run.
 

@@ -126,12 +126,14 @@ def test_steps_that_have_no_fifths_are_refused():
 def test_a_recipe_that_training_would_refuse_is_refused_before_a_model_is_grown():
     one = comparison()
     one.experiment.optimizer.warmup_steps, one.experiment.optimizer.decay_fraction = 50, 0.6
-    with pytest.raises(UserError, match=r"sweep runs, of 40 steps: .*optimizer\.warmup_steps=20"):
+    with pytest.raises(
+        UserError, match=r"sweep runs, of 40 steps: .* experiment\.optimizer\.warmup"
+    ):
         check_comparison(one)
     one.sweep_fraction, one.experiment.optimizer.warmup_steps = 1.0, 30
     check_comparison(one)
     one.experiment.training.batch_size = 0
-    with pytest.raises(UserError, match=r"training\.batch_size=0"):
+    with pytest.raises(UserError, match=r" experiment\.training\.batch_size=0"):
         check_comparison(one)
 
 
