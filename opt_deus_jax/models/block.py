@@ -1,8 +1,9 @@
 """The one Flax module: a decoder block, built by the facts of its architecture."""
 
 import functools
-from collections.abc import Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -42,6 +43,9 @@ class BlockInputs(NamedTuple):
     ends_BT: Int[Array, "b t"] | None = None
 
 
+# Tokens of a device that a CPU multiplies with kernels at once where nothing is trained: more are
+# slower, for what they make leaves the cache.
+_CPU_TOKENS = 512
 # The collection into which a block with experts sows its `RouterLoad`, where it is mutable.
 ROUTER_LOAD = "router_load"
 
@@ -132,15 +136,6 @@ class DecoderBlock(nn.Module):
         config, dtype = self.config, x_BTD.dtype
         params = self._params(dtype)
 
-        def project(name: str, x: Array) -> Array:
-            kernel = params[f"{name}_kernel"]
-            # Flat: with batch and time apart, XLA on CPU transposes, element by element, what the
-            # gradient of the kernel is made from.
-            flat_MD = x.reshape(-1, x.shape[-1])
-            y = multiply_kernel(flat_MD, kernel).reshape(*x.shape[:2], -1)
-            bias = params.get(f"{name}_bias")
-            return y if bias is None else y + bias[None, None]
-
         def norm(name: str, x: Array) -> Array:
             # Architectures leave out different ones.
             return root_mean_square_norm(x, params[name], config.norm) if name in params else x
@@ -151,17 +146,28 @@ class DecoderBlock(nn.Module):
                 branch = branch * config.residual_multiplier
             return constrain(x_BTD + branch, "batch", "length", "gathered_width")
 
+        project = functools.partial(_project, params)
+        # Only where nothing goes back through it: a scan would store its pieces once more.
+        each = _apply if inputs.ends_BT is None else _apply_in_pieces
         x_BTD = constrain(x_BTD, "batch", "length", "gathered_width")
         normed = norm("input_norm", x_BTD)
-        query, key, value = (project(name, normed) for name in ("query", "key", "value"))
+        query, key, value = each(
+            lambda x: tuple(project(name, x) for name in ("query", "key", "value")), normed
+        )
         attended, seen = self._attend(query, key, value, params, inputs, cache)
-        x_BTD = add(x_BTD, "attention_output_norm", project("output", attended))
+        branch = each(functools.partial(project, "output"), attended)
+        x_BTD = add(x_BTD, "attention_output_norm", branch)
         normed = norm("post_attention_norm", x_BTD)
         if self.kind.has_experts:
-            return add(x_BTD, "mlp_output_norm", self._experts(normed, params, inputs)), seen
-        gated = ACTIVATIONS[config.activation](project("gate", normed)) * project("up", normed)
-        gated = constrain(gated, "batch", "length", "mlp")
-        return add(x_BTD, "mlp_output_norm", project("down", gated)), seen
+            branch = self._experts(normed, params, inputs)
+        else:
+            branch = each(functools.partial(self._mlp, params), normed)
+        return add(x_BTD, "mlp_output_norm", branch), seen
+
+    def _mlp(self, params: Mapping[str, Array], normed: Array) -> Array:
+        activation = ACTIVATIONS[self.config.activation]
+        gated = activation(_project(params, "gate", normed)) * _project(params, "up", normed)
+        return _project(params, "down", constrain(gated, "batch", "length", "mlp"))
 
     def _experts(self, normed: Array, params: Mapping[str, Array], inputs: BlockInputs) -> Array:
         experts, example_BT = self.config.experts, inputs.example_BT
@@ -242,6 +248,37 @@ class DecoderBlock(nn.Module):
         return constrain(
             attended.reshape(*attended.shape[:2], -1), "batch", "length", "heads"
         ), seen
+
+
+def _project(params: Mapping[str, Array], name: str, x: Array) -> Array:
+    # Flat: with batch and time apart, XLA on CPU transposes, element by element, what the gradient
+    # of the kernel is made from.
+    flat_MD = x.reshape(-1, x.shape[-1])
+    y = multiply_kernel(flat_MD, params[f"{name}_kernel"]).reshape(*x.shape[:2], -1)
+    bias = params.get(f"{name}_bias")
+    return y if bias is None else y + bias[None, None]
+
+
+_Made = TypeVar("_Made")
+
+
+def _apply(apply: Callable[[Array], _Made], x_BTD: Array) -> _Made:
+    return apply(x_BTD)
+
+
+def _apply_in_pieces(apply: Callable[[Array], _Made], x_BTD: Array) -> _Made:
+    """Applies what sees each token alone; on a CPU to some at a time, the same but for rounding."""
+    batch, length, width = x_BTD.shape
+    rows = -(-batch // num_shards("batch"))
+    piece = math.gcd(length, max(_CPU_TOKENS // rows, 1))
+    if piece in (1, length):
+        return apply(x_BTD)
+
+    def in_pieces(x_BTD: Array) -> _Made:
+        made = jax.lax.map(apply, x_BTD.reshape(batch, -1, piece, width).swapaxes(0, 1))
+        return jax.tree.map(lambda y_NBSO: y_NBSO.swapaxes(0, 1).reshape(batch, length, -1), made)
+
+    return jax.lax.platform_dependent(x_BTD, cpu=in_pieces, default=apply)
 
 
 def _allowed(inputs: BlockInputs, window: int | None) -> Array:

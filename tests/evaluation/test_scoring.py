@@ -1,5 +1,6 @@
 """Log-likelihoods against transformers, on meshes, and of grown models."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from jax.sharding import Mesh
 from opt_deus_jax.config import MeshConfig
 from opt_deus_jax.distributed.mesh import make_mesh
 from opt_deus_jax.errors import UserError
+from opt_deus_jax.evaluation import scoring
 from opt_deus_jax.evaluation.scoring import score_continuations
+from opt_deus_jax.models import block
 from opt_deus_jax.models.model_config import read_model_config
 from opt_deus_jax.models.params import identity_values
 from opt_deus_jax.training.placement import param_shardings
@@ -77,6 +80,29 @@ def test_is_the_same_on_a_mesh(pairs: Any, alone: Any) -> None:
     spread = _scores(_CONFIG, _TENSORS, _mesh(8, data=2, fsdp=2, tensor=2), pairs)
     np.testing.assert_allclose(spread.log_likelihoods, alone.log_likelihoods, atol=1e-4, rtol=0)
     np.testing.assert_array_equal(spread.is_greedy, alone.is_greedy)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_taking_some_tokens_at_a_time_changes_nothing(
+    sizes: dict[str, int], pairs: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "_CPU_TOKENS", 32)
+    widths = set()
+    project = block.multiply_kernel
+
+    def noting(x_MD: Any, kernel_OD: Any) -> Any:
+        if kernel_OD.shape[0] == _CONFIG["intermediate_size"]:
+            widths.add(len(x_MD))
+        return project(x_MD, kernel_OD)
+
+    monkeypatch.setattr(block, "multiply_kernel", noting)
+    # Traced with other pieces before; and what is traced here is for no other test.
+    scoring.packed_hidden_states.clear_cache()  # pyright: ignore
+    scores = _scores(_CONFIG, _TENSORS, _mesh(math.prod(sizes.values()), **sizes), pairs)
+    scoring.packed_hidden_states.clear_cache()  # pyright: ignore
+    assert 32 * (4 if sizes else 1) in widths
+    np.testing.assert_allclose(scores.log_likelihoods, alone.log_likelihoods, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(scores.is_greedy, alone.is_greedy)
 
 
 def test_a_grown_model_scores_exactly_as_its_base(pairs: Any, alone: Any) -> None:
