@@ -269,14 +269,17 @@ def _apply(apply: Callable[[Array], _Made], x_BTD: Array) -> _Made:
 def _apply_in_pieces(apply: Callable[[Array], _Made], x_BTD: Array) -> _Made:
     """Applies what sees each token alone; on a CPU to some at a time, the same but for rounding."""
     batch, length, width = x_BTD.shape
-    rows = -(-batch // num_shards("batch"))
-    piece = math.gcd(length, max(_CPU_TOKENS // rows, 1))
-    if piece in (1, length):
+    shards = math.gcd(batch, num_shards("batch"))
+    held = batch * length // shards
+    piece = math.gcd(held, _CPU_TOKENS)
+    if piece in (1, held):
         return apply(x_BTD)
 
     def in_pieces(x_BTD: Array) -> _Made:
-        made = jax.lax.map(apply, x_BTD.reshape(batch, -1, piece, width).swapaxes(0, 1))
-        return jax.tree.map(lambda y_NBSO: y_NBSO.swapaxes(0, 1).reshape(batch, length, -1), made)
+        # Where the batch is not cut, its tokens follow each other: nothing is moved.
+        pieces_NCSD = x_BTD.reshape(shards, -1, piece, width).swapaxes(0, 1)
+        made = jax.lax.map(apply, pieces_NCSD)
+        return jax.tree.map(lambda y_NCSO: y_NCSO.swapaxes(0, 1).reshape(batch, length, -1), made)
 
     return jax.lax.platform_dependent(x_BTD, cpu=in_pieces, default=apply)
 

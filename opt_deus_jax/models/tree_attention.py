@@ -9,9 +9,8 @@ from jaxtyping import Array, Float, Int
 from opt_deus_jax.models.attention import PLAIN, Scoring, cap_softly
 from opt_deus_jax.models.products import matmul_precision
 
-# Scores of so many queries and keys, of all heads, are in memory at once: in short and long rows.
-_SHORT, _LONG = (128, 128), (256, 512)
-_LONG_FROM = 2048
+# Scores of so many queries and keys, of all heads, are in memory at once, in rows from a length on.
+_BLOCKS = {2048: (256, 512), 512: (256, 128), 0: (128, 128)}
 # Below every score; finite, so that a block without any visible key leaves no NaN behind.
 _HIDDEN = -1e30
 
@@ -44,7 +43,8 @@ def tree_attention(
     """
     batch, length, num_heads, head_dim = query_BTNH.shape
     num_kv_heads = key_BTKH.shape[2]
-    queries, keys = _LONG if length >= _LONG_FROM else _SHORT
+    queries, keys = next(sizes for shortest, sizes in _BLOCKS.items() if length >= shortest)
+    scale = head_dim**-0.5 if scoring.scale is None else scoring.scale
     groups = num_heads // num_kv_heads
     padded = length + -length % max(queries, keys)
 
@@ -52,9 +52,12 @@ def tree_attention(
         return jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))
 
     query_BKGTH = jnp.transpose(
-        pad(query_BTNH).reshape(batch, padded, num_kv_heads, groups, head_dim), (0, 2, 3, 1, 4)
+        pad(query_BTNH * scale).reshape(batch, padded, num_kv_heads, groups, head_dim),
+        (0, 2, 3, 1, 4),
     )
-    key_BKSH, value_BKSH = (pad(x).transpose(0, 2, 1, 3) for x in (key_BTKH, value_BTKH))
+    # As its products need it: a CPU would transpose every block of it for every chunk of queries.
+    key_BKHS = pad(key_BTKH).transpose(0, 2, 3, 1)
+    value_BKSH = pad(value_BTKH).transpose(0, 2, 1, 3)
     # A padded token sees itself.
     ends_BS = jnp.maximum(pad(ends_BT), jnp.arange(padded)[None] + 1)
     positions_BS = pad(positions_BT)
@@ -68,7 +71,7 @@ def tree_attention(
         start, first, until = chunk
         query = jax.lax.dynamic_slice_in_dim(query_BKGTH, start, queries, axis=3)
         return _attend_chunk(
-            *(query, start, first, until, key_BKSH, value_BKSH, ends_BS, positions_BS),
+            *(query, start, first, until, key_BKHS, value_BKSH, ends_BS, positions_BS),
             keys=keys,
             scoring=scoring,
         )
@@ -118,7 +121,7 @@ def _attend_chunk(
     start: Array,
     first_block: Array,
     seen_until: Array,
-    key_BKSH: Array,
+    key_BKHS: Array,
     value_BKSH: Array,
     ends_BS: Array,
     positions_BS: Array,
@@ -126,8 +129,7 @@ def _attend_chunk(
     keys: int,
     scoring: Scoring,
 ) -> Array:
-    queries, head_dim = query_BKGQH.shape[3:]
-    scale = head_dim**-0.5 if scoring.scale is None else scoring.scale
+    queries = query_BKGQH.shape[3]
     window = scoring.window
     position_BQ1 = jax.lax.dynamic_slice_in_dim(positions_BS, start, queries, axis=1)[..., None]
     precision = matmul_precision(query_BKGQH.dtype)
@@ -135,9 +137,8 @@ def _attend_chunk(
 
     def step(keys: int, seen_by_all: bool, block: Array, state: _Softmax) -> _Softmax:
         first = block * keys
-        key, value = (
-            jax.lax.dynamic_slice_in_dim(x, first, keys, axis=2) for x in (key_BKSH, value_BKSH)
-        )
+        key = jax.lax.dynamic_slice_in_dim(key_BKHS, first, keys, axis=3)
+        value = jax.lax.dynamic_slice_in_dim(value_BKSH, first, keys, axis=2)
         ends_B1S = jax.lax.dynamic_slice_in_dim(ends_BS, first, keys, axis=1)[:, None]
         place_11S = (first + jnp.arange(keys))[None, None]
         allowed_BQS = (place_11S <= place_1Q1) & (place_1Q1 < ends_B1S)
@@ -145,13 +146,13 @@ def _attend_chunk(
             position_BS = jax.lax.dynamic_slice_in_dim(positions_BS, first, keys, axis=1)
             allowed_BQS = allowed_BQS & (position_BQ1 - position_BS[:, None] < window)
         scores_BKGQS = jnp.einsum(
-            "bkgqh,bksh->bkgqs",
+            "bkgqh,bkhs->bkgqs",
             query_BKGQH,
             key,
             precision=precision,
             preferred_element_type=jnp.float32,
         )
-        scores_BKGQS = cap_softly(scores_BKGQS * scale, scoring.soft_cap)
+        scores_BKGQS = cap_softly(scores_BKGQS, scoring.soft_cap)
         if not seen_by_all:
             scores_BKGQS = jnp.where(allowed_BQS[:, None, None], scores_BKGQS, _HIDDEN)
         return _add_weighted(state, scores_BKGQS, value)
@@ -160,12 +161,13 @@ def _attend_chunk(
     state = (zeros_BKGQ + _HIDDEN, zeros_BKGQ, jnp.zeros(query_BKGQH.shape, jnp.float32))
     # Whole blocks first, of which a CPU takes an eighth longer where something is to be hidden; of
     # the last ones, half of which none would see, only what is needed.
-    whole = start // keys
-    seen = jnp.minimum(seen_until, whole)
-    state = jax.lax.fori_loop(first_block, seen, functools.partial(step, keys, True), state)
-    state = jax.lax.fori_loop(seen, whole, functools.partial(step, keys, False), state)
-    least = min(queries, keys)
-    rest = (whole * keys // least, (start + queries) // least)
+    whole, least = start // keys, min(queries, keys)
+    done = jnp.minimum(seen_until, whole)
+    state = jax.lax.fori_loop(first_block, done, functools.partial(step, keys, True), state)
+    if keys > least:
+        state = jax.lax.fori_loop(done, whole, functools.partial(step, keys, False), state)
+        done = whole
+    rest = (done * (keys // least), (start + queries) // least)
     state = jax.lax.fori_loop(*rest, functools.partial(step, least, False), state)
     _, mass_BKGQ, summed_BKGQH = state
     return (summed_BKGQH / mass_BKGQ[..., None]).astype(query_BKGQH.dtype)
