@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
-from opt_deus_jax.distributed.sharding import constrain, named_sharding, num_shards
+from opt_deus_jax.distributed.sharding import named_sharding, num_shards
 from opt_deus_jax.errors import UserError
 from opt_deus_jax.evaluation.packing import (
     Row,
@@ -20,6 +20,7 @@ from opt_deus_jax.evaluation.packing import (
     pad_rows,
     plan_rows,
 )
+from opt_deus_jax.evaluation.predictions import score_tokens, states_at
 from opt_deus_jax.models.block import root_mean_square_norm
 from opt_deus_jax.models.language_model import (
     BlockParams,
@@ -27,15 +28,13 @@ from opt_deus_jax.models.language_model import (
     apply_block,
     causal_inputs,
     embed,
-    head_kernel,
-    project_to_vocabulary,
     segment_kinds,
 )
 from opt_deus_jax.models.layer_kinds import LayerKind
-from opt_deus_jax.models.model_config import LogitsConfig, ModelConfig
+from opt_deus_jax.models.model_config import ModelConfig
 from opt_deus_jax.training.placement import put_rows
 
-# Predictions whose logits are in memory at once: most, and for the rest of a batch.
+# Predictions made at once: most, and for the rest of a batch.
 _MANY, _FEW = 512, 64
 # Targets of one prediction; the choices of a question share the prediction of their first token.
 _TARGETS = 8
@@ -202,7 +201,9 @@ def _score_rows(
                 targets_CM[entry, column] = target
                 where.append((entry, column))
                 numbers.append(number)
-        scores = _score_places(head, hidden_BTD, places_C, targets_CM, logits=config.logits)
+        # Apart, so that rows of other lengths need no other program for the tokens.
+        hidden_CD = states_at(hidden_BTD, places_C)
+        scores = score_tokens(head, hidden_CD, targets_CM, logits=config.logits)
         waiting.append((numbers, where, scores))
     for numbers, where, (log_probabilities_CM, hits_CM) in waiting:
         index = tuple(np.array(where).T)
@@ -220,27 +221,3 @@ def _by_place(rows: Sequence[Row], length: int) -> list[tuple[int, list[tuple[in
         for place, targets in wanted.items()
         for first in range(0, len(targets), _TARGETS)
     ]
-
-
-@functools.partial(jax.jit, static_argnames="logits")
-def _score_places(
-    head: dict[str, Any],
-    hidden_BTD: Float[Array, "b t d"],
-    places_C: Int[Array, " c"],
-    targets_CM: Int[Array, "c m"],
-    *,
-    logits: LogitsConfig,
-) -> tuple[Float[Array, "c m"], Bool[Array, "c m"]]:
-    hidden_CD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[places_C]
-    hidden_CD = constrain(hidden_CD, "batch", "gathered_width")
-    logits_CV = project_to_vocabulary(hidden_CD, head_kernel(head, hidden_BTD.dtype), logits)
-    logits_CV = constrain(logits_CV, "batch", "vocabulary")
-    normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    # The first of the largest: what `jnp.argmax` finds, in two passes that CPUs vectorise.
-    is_largest_CV = logits_CV == jnp.max(logits_CV, axis=-1, keepdims=True)
-    places_1V = jnp.arange(logits_CV.shape[-1])[None]
-    best_C = jnp.min(jnp.where(is_largest_CV, places_1V, logits_CV.shape[-1]), axis=-1)
-    target_CM = jnp.take_along_axis(logits_CV, targets_CM, axis=-1)
-    # Every process reads all of the result.
-    whole = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec())
-    return whole(target_CM - normalizer_C[:, None]), whole(targets_CM == best_C[:, None])

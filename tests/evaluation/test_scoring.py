@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from opt_deus_jax.config import MeshConfig
 from opt_deus_jax.distributed.mesh import make_mesh
 from opt_deus_jax.errors import UserError
-from opt_deus_jax.evaluation import scoring
+from opt_deus_jax.evaluation import predictions, scoring
 from opt_deus_jax.evaluation.scoring import score_continuations
 from opt_deus_jax.models import block
 from opt_deus_jax.models.model_config import read_model_config
@@ -103,6 +103,37 @@ def test_taking_some_tokens_at_a_time_changes_nothing(
     assert 32 * (4 if sizes else 1) in widths
     np.testing.assert_allclose(scores.log_likelihoods, alone.log_likelihoods, atol=1e-4, rtol=0)
     np.testing.assert_array_equal(scores.is_greedy, alone.is_greedy)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}])
+def test_looking_at_some_of_the_vocabulary_at_a_time_changes_nothing(
+    sizes: dict[str, int], pairs: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "_BLOCK", 20)
+    blocks = set()
+    project = predictions.project_to_vocabulary
+
+    def noting(hidden_CD: Any, head_VD: Any, logits: Any) -> Any:
+        blocks.add(len(head_VD))
+        return project(hidden_CD, head_VD, logits)
+
+    monkeypatch.setattr(predictions, "project_to_vocabulary", noting)
+    # Traced with other blocks before; and what is traced here is for no other test.
+    predictions.score_tokens.clear_cache()  # pyright: ignore
+    scores = _scores(_CONFIG, _TENSORS, _mesh(math.prod(sizes.values()), **sizes), pairs)
+    predictions.score_tokens.clear_cache()  # pyright: ignore
+    assert blocks == ({40, 16} if sizes else {20, 16})
+    np.testing.assert_allclose(scores.log_likelihoods, alone.log_likelihoods, atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(scores.is_greedy, alone.is_greedy)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}])
+def test_of_equally_likely_tokens_the_first_is_greedy(sizes: dict[str, int]) -> None:
+    tensors = _TENSORS | {"model.norm.weight": np.zeros_like(_TENSORS["model.norm.weight"])}
+    pairs = [([3], [token]) for token in range(96)]
+    scores = _scores(_CONFIG, tensors, _mesh(math.prod(sizes.values()), **sizes), pairs)
+    assert scores.is_greedy.tolist() == [True] + [False] * 95
+    np.testing.assert_allclose(scores.log_likelihoods, -math.log(96), rtol=1e-6)
 
 
 def test_a_grown_model_scores_exactly_as_its_base(pairs: Any, alone: Any) -> None:
