@@ -19,8 +19,8 @@ def _ends(draw: np.random.Generator, length: int) -> np.ndarray:
     return ends
 
 
-# The last one is long enough for the larger blocks.
-@pytest.mark.parametrize(("batch", "length"), [(2, 96), (2, 300), (1, 2100)])
+# The last two are long enough for larger blocks.
+@pytest.mark.parametrize(("batch", "length"), [(2, 96), (2, 300), (1, 700), (1, 2100)])
 def test_equals_the_reference(batch: int, length: int) -> None:
     draw = np.random.default_rng(length)
     query, key, value = (
@@ -48,10 +48,12 @@ def test_equals_the_reference(batch: int, length: int) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("shared", [1300, 2100], ids=("a_beginning_in_common", "one_text"))
-def test_blocks_that_all_see_equal_the_reference(shared: int) -> None:
+@pytest.mark.parametrize("length", [700, 2100])
+@pytest.mark.parametrize("part", [0.6, 1], ids=("a_beginning_in_common", "one_text"))
+def test_blocks_that_all_see_equal_the_reference(part: float, length: int) -> None:
+    shared = int(part * length)
     draw = np.random.default_rng(shared)
-    length, middle = 2100, (shared + 2100) // 2
+    middle = (shared + length) // 2
     query, key, value = (
         jnp.asarray(draw.normal(size=(1, length, heads, 8)), jnp.float32) for heads in (4, 2, 2)
     )
