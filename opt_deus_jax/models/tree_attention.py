@@ -31,7 +31,8 @@ def tree_attention(
     and so are those before the first that any of them sees, which all are to padding.
 
     Args:
-        query_BTNH: Rotated queries; head n belongs to KV head n // (n / k).
+        query_BTNH: Rotated queries, which are scaled in their dtype; head n belongs to KV head
+            n // (n / k).
         key_BTKH: Rotated keys.
         value_BTKH: Values.
         ends_BT: Place after the last token that sees this one.
